@@ -1,0 +1,5 @@
+"""`python -m rlhf` is the console command."""
+
+from rlhf.run import cli
+
+cli()

@@ -1,0 +1,288 @@
+"""From a composed config to the parts of a run: wiring, no maths.
+
+Everything is checked before anything is loaded: first each section by its own class, then what they ask of each other.
+"""
+
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf import records
+from rlhf.algorithms.base import Algorithm, Runtime
+from rlhf.algorithms.reference import LiveReference, without_adapter
+from rlhf.data.batches import Batches, collate, eval_batches
+from rlhf.data.dataset import Dataset
+from rlhf.data.encode import Prompt
+from rlhf.errors import ConfigError
+from rlhf.model.gemma3 import Gemma3
+from rlhf.model.settings import ModelSettings
+from rlhf.model.sharding import place, place_rows
+from rlhf.model.tokenizer import Tokenizer
+from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
+from rlhf.sampling.completions import sample_rows
+from rlhf.train.checkpoint import load_parameters, parameters_digest
+from rlhf.train.hardware import Hardware
+from rlhf.train.loop import Job
+from rlhf.train.settings import TrainerSettings
+
+log = logging.getLogger(__name__)
+
+_kept: dict[Any, Any] = {}  # weights and data that further runs of this process use again
+
+
+def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
+    """Build the object that a section of the config describes.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has a value that its class refuses; the message has its full name.
+    """
+    node = OmegaConf.select(cfg, key)
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigError(f"{key}.{missing[0]} has no value yet: give one as {key}.{missing[0]}=…")
+    try:
+        built = instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(_reason(error, key)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    if kind is not None and not isinstance(built, kind):
+        raise ConfigError(f"{key}: _target_ must name a {kind.__name__}, not {node.get('_target_')!r}")
+    return built
+
+
+def _reason(error: InstantiationException, key: str) -> str:
+    found = re.search(r"full_key: (\S+)", str(error))
+    full = found.group(1) if found else key
+    if not full.startswith(key):
+        full = f"{key}.{full}" if full else key
+    cause = error.__cause__
+    text = str(cause) if isinstance(cause, ConfigError) else " ".join(str(error).split())
+    return text if text.startswith(key) else f"{full}.{text}" if isinstance(cause, ConfigError) else f"{full}: {text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every section of a config, built and checked."""
+
+    model: ModelSettings
+    algorithm: Algorithm
+    dataset: Dataset
+    reward: Any
+    hardware: Hardware
+    trainer: TrainerSettings
+    evaluation: Evaluation
+    seed: int
+
+    def __post_init__(self):
+        self.dataset.check(self.algorithm.form)
+        if self.algorithm.needs_reward and self.reward is None:
+            raise ConfigError(f"algorithm={type(self.algorithm).__name__} generates and scores: choose a reward=…")
+        shards, rows = self.hardware.n_row_shards, self.algorithm.microbatch_size
+        if rows % shards:
+            raise ConfigError(
+                f"algorithm.microbatch_size={rows} must be a multiple of the {shards} parts that hardware.mesh splits "
+                f"rows into (data × fsdp); try {max(rows // shards, 1) * shards}"
+            )
+
+
+def settings(cfg: DictConfig) -> Settings:
+    """All sections of `cfg`; loads nothing."""
+    if not isinstance(cfg.seed, int):
+        raise ConfigError(f"seed={cfg.seed!r} must be an integer")
+    return Settings(
+        model=section(cfg, "model", ModelSettings),
+        algorithm=section(cfg, "algorithm", Algorithm),
+        dataset=section(cfg, "dataset", Dataset),
+        reward=None if cfg.reward is None else section(cfg, "reward"),
+        hardware=section(cfg, "hardware", Hardware),
+        trainer=section(cfg, "trainer", TrainerSettings),
+        evaluation=section(cfg, "evaluation", Evaluation),
+        seed=cfg.seed,
+    )
+
+
+def task(cfg: DictConfig) -> Callable[["Experiment"], dict[str, Any]]:
+    return section(cfg, "task")
+
+
+class Experiment:
+    """The parts of one run, each built when it is first asked for.
+
+    keep: weights and data are kept for further runs of this process (a sweep), so they are never given away to be
+        overwritten.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path, keep: bool = False):
+        self.cfg, self.folder, self.keep = cfg, folder, keep
+        self.settings = settings(cfg)
+        self.mesh = self.settings.hardware.start()
+
+    @functools.cached_property
+    def model(self) -> Gemma3:
+        h = self.settings.hardware
+        return Gemma3(self.settings.model.architecture(), h.compute_dtype, h.remat, h.scan_layers)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        path = self.settings.model.tokenizer
+        tokenizer = self._once(("tokenizer", path), lambda: Tokenizer(path))
+        if tokenizer.n_vocab > self.settings.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={self.settings.model.vocab_size} must be at least the {tokenizer.n_vocab} pieces of "
+                f"{tokenizer.path}"
+            )
+        return tokenizer
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Any]:
+        """Components by name; from the checkpoint, or at random where none is given."""
+        m, h = self.settings.model, self.settings.hardware
+        key = ("parameters", m, h.param_dtype, h.mesh, self.settings.seed if m.checkpoint is None else 0)
+        return self._once(key, lambda: self.load_or_draw(m.checkpoint, self.settings.seed))
+
+    def load_or_draw(self, checkpoint: str | None, seed: int) -> dict[str, Any]:
+        """The parameters of a checkpoint, or random ones where none is given."""
+        dtype = self.settings.hardware.param_dtype
+        if checkpoint is None:
+            log.info("parameters: random, seed %d", seed)
+            return place({"model": _draw(self.model, jax.random.key(seed), dtype)}, self.mesh)
+        tree, record = load_parameters(Path(checkpoint), target={"model": self.model.abstract(dtype)})
+        log.info("parameters: %s, step %s", checkpoint, record["step"])
+        return place(tree, self.mesh)
+
+    def examples(self, part: str, form: str) -> Any:
+        key = ("examples", part, form, self.settings.dataset, self.settings.model.tokenizer)
+        return self._once(key, lambda: self.settings.dataset.load(part, form, self.tokenizer))
+
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key in _kept:
+            return _kept[key]
+        value = make()
+        if self.keep:
+            _kept[key] = value
+        return value
+
+    @functools.cached_property
+    def reference_key(self) -> dict[str, str]:
+        """What reference log-probabilities depend on besides the rows, as text."""
+        m = self.settings.model
+        if m.checkpoint is None:
+            start = f"random, seed {self.settings.seed}"
+        else:
+            start = parameters_digest(Path(m.checkpoint))
+        return {"model": f"{m.architecture()} {self.settings.hardware.compute_dtype}", "parameters": start}
+
+    def training_job(self) -> Job:
+        """Everything a `Trainer` needs, with the data read, the weights loaded and the summary logged."""
+        s, resume = self.settings, self._claim_folder()
+        batches = Batches(self.examples("train", s.algorithm.form), s.algorithm.batch_size, s.seed)
+        held_out, parameters = self.held_out(), self.parameters
+        runtime = self.runtime(parameters, batches, held_out)
+        is_shared = self.keep or runtime.reference is not None
+        job = Job(
+            folder=self.folder,
+            model=self.model,
+            algorithm=s.algorithm,
+            runtime=runtime,
+            trainable=jax.tree.map(jnp.copy, parameters) if is_shared else parameters,  # an update consumes it
+            frozen={},
+            batches=batches,
+            held_out=held_out,
+            settings=s.trainer,
+            seed=s.seed,
+            record={"config": records.resolved(self.cfg)},
+            mesh=self.mesh,
+            evaluate=self._accuracy_measure(),
+            sample=self._sampler(),
+            resume=resume,
+        )
+        for line in records.summary(job):
+            log.info("%s", line)
+        return job
+
+    def _claim_folder(self) -> bool:
+        """Whether a run in the folder is to be gone on with.
+
+        Raises:
+            ConfigError: a run is there and `resume` is not given, or its config differs where the result would.
+        """
+        wanted, stored = self.cfg.resume is not None, records.stored_config(self.folder)
+        if stored is not None and not wanted:
+            raise ConfigError(f"{self.folder} holds a run; resume=auto goes on with it, or choose another hydra.run.dir")
+        if stored is None and self.cfg.resume not in (None, "auto"):
+            raise ConfigError(f"resume={self.cfg.resume}: there is no run in this folder")
+        if stored is not None:
+            records.require_same_run(stored, records.resolved(self.cfg), self.folder)
+        else:
+            records.store_config(self.folder, self.cfg)
+        return stored is not None
+
+    def held_out(self) -> dict[str, Any] | None:
+        """The rows that `val/…` metrics are measured on, as one batch."""
+        s = self.settings
+        if not s.trainer.eval_rows or not s.dataset.has_eval():
+            return None
+        examples = self.examples("eval", s.algorithm.form)
+        return next(eval_batches(examples, min(s.trainer.eval_rows, len(examples))))
+
+    def runtime(self, start: dict[str, Any], batches: Batches | None, held_out: dict[str, Any] | None) -> Runtime:
+        """What `prepare` may use; the reference, where there is one, has the parameters `start`."""
+        s = self.settings
+        runtime = Runtime(self.model, self.tokenizer)
+        if not s.algorithm.needs_reference:
+            return runtime
+        place_inputs = functools.partial(place_rows, mesh=self.mesh)
+        live = LiveReference(self.model, without_adapter(start), s.algorithm.microbatch_size, place_inputs)
+
+        def every_batch():
+            size = s.algorithm.batch_size
+            for at in range(0, batches.n_rows if batches else 0, size):
+                yield collate(batches.examples, range(at, min(at + size, batches.n_rows)))
+            if held_out is not None:
+                yield held_out
+
+        key = {**self.reference_key, "data": batches.fingerprint if batches else "held-out rows"}
+        runtime.reference = s.algorithm.reference.provide(live, every_batch, key) if batches else live
+        return runtime
+
+    def prompts(self, limit: int) -> list[Prompt] | None:
+        """The first prompts of the evaluation split, or None where there is none or its rows hold no answer."""
+        dataset = self.settings.dataset
+        if not limit or not dataset.has_eval():
+            return None
+        found = self.examples("eval", "prompt").prompts[:limit]
+        return found
+
+    def _accuracy_measure(self) -> Callable[[dict], dict[str, float]] | None:
+        evaluation = self.settings.evaluation
+        prompts = self.prompts(evaluation.rows)
+        if prompts is None or any(prompt.answer is None for prompt in prompts):
+            return None
+        return lambda params: evaluate_prompts(self.model, params, self.tokenizer, prompts, evaluation)[0]
+
+    def _sampler(self) -> Callable[[dict, int], list[dict]] | None:
+        s = self.settings
+        prompts = self.prompts(s.trainer.n_samples) if s.trainer.samples_every else None
+        if prompts is None:
+            return None
+        return lambda params, step: sample_rows(
+            self.model, params, self.tokenizer, prompts, step, s.seed, s.evaluation.max_new_tokens
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _draw(model: Gemma3, key: jax.Array, dtype: str) -> dict[str, Any]:
+    return model.initialise(key, dtype)

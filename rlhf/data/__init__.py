@@ -1,0 +1,1 @@
+"""From rows of any source to batches of token ids with masks."""

@@ -1,0 +1,156 @@
+"""Batches: dicts of numpy arrays whose first axis is rows. Which rows, is a function of (seed, step) alone.
+
+| key | type | of | |
+|---|---|---|---|
+| `tokens` | int32 | [batch, time] | token ids, filled up with PAD |
+| `is_answer` | bool | [batch, time] | the token is trained on: its log-probability, given those before it, counts |
+| `segments` | int32 | [batch, time] | 0: padding; 1, 2, ...: the example, which sees itself alone |
+| `positions` | int32 | [batch, time] | from 0 in every segment |
+| `row` | int32 | [batch] | index of the (first) example in the dataset; -1: a row that only fills up the batch |
+| `is_desirable` | bool | [batch] | unpaired: the answer is a good one |
+| `kl_tokens` ... | | [batch, time] | unpaired: the row's prompt with another row's answer; same four arrays |
+
+Preferences have a second axis of two, chosen and rejected: `tokens` is [batch, 2, time].
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from rlhf.data.encode import Examples, TokenRow
+from rlhf.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+class Order:
+    """Which rows the k-th batch of a run holds.
+
+    Each epoch is a new permutation of all rows, drawn from (seed, epoch). Epochs follow each other without a gap: a
+    batch that the end of one leaves incomplete goes on with the next, so no row is left out or comes twice in an epoch.
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, seed: int):
+        self.n_rows = n_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epochs: dict[int, np.ndarray] = {}  # the two last used
+
+    def rows(self, step: int) -> Int[np.ndarray, "batch"]:
+        """Indices of the rows of batch `step`, counted from 0."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(positions, self.n_rows)
+        return np.array([self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+
+    def steps(self, epochs: float) -> int:
+        """Batches until every row was seen `epochs` times."""
+        return int(np.ceil(self.n_rows * epochs / self.batch_size))
+
+    def _epoch(self, epoch: int) -> Int[np.ndarray, "rows"]:
+        if epoch not in self._epochs:
+            recent = {number: order for number, order in self._epochs.items() if number == epoch - 1}
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+            self._epochs = {**recent, epoch: order}
+        return self._epochs[epoch]
+
+
+class Batches:
+    """Random access to the batches of a run: `batches[k]` is the k-th, whatever was read before.
+
+    batch_size: rows of each (pairs, for preferences; packed rows, where they are packed).
+
+    Raises:
+        ConfigError: unpaired rows in batches of one, which leave no other answer for the KL estimate.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, seed: int):
+        if examples.form == "unpaired" and batch_size < 2:
+            raise ConfigError("algorithm.batch_size=1 must be at least 2: the KL estimate needs another row's answer")
+        self.examples = examples
+        self.order = Order(len(examples.packs), batch_size, seed)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch: examples, or packs of them."""
+        return self.order.n_rows
+
+    @property
+    def fingerprint(self) -> str:
+        return self.examples.fingerprint
+
+    def __getitem__(self, step: int) -> Batch:
+        return collate(self.examples, self.order.rows(step))
+
+
+def eval_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+    """Every example once, unpacked and in order; the last batch is filled up with empty rows, whose `row` is -1."""
+    alone = [(index,) for index in range(len(examples))]
+    for start in range(0, len(examples), batch_size):
+        chosen = alone[start : start + batch_size]
+        yield _collate(examples, chosen, batch_size)
+
+
+def collate(examples: Examples, rows: Int[np.ndarray, "batch"] | Sequence[int]) -> Batch:
+    """The batch of the given rows (packs, where examples are packed)."""
+    return _collate(examples, [examples.packs[row] for row in rows], len(rows))
+
+
+def _collate(examples: Examples, packs: Sequence[tuple[int, ...]], batch_size: int) -> Batch:
+    batch = _empty(examples, batch_size)
+    for place, pack in enumerate(packs):
+        batch["row"][place] = pack[0]
+        if examples.form == "preference":
+            for side in (0, 1):
+                _write(batch, (place, side), [examples.sequences[pack[0]][side]])
+        else:
+            _write(batch, (place,), [examples.sequences[index][0] for index in pack])
+    if examples.form == "unpaired":
+        batch["is_desirable"] = np.zeros(batch_size, bool)
+        batch["is_desirable"][: len(packs)] = [examples.is_desirable[pack[0]] for pack in packs]
+        batch |= _mismatched(examples, [pack[0] for pack in packs], batch_size)
+    return batch
+
+
+def _empty(examples: Examples, batch_size: int) -> Batch:
+    shape = (batch_size, 2, examples.n_time) if examples.form == "preference" else (batch_size, examples.n_time)
+    return {
+        "tokens": np.full(shape, examples.pad, np.int32),
+        "is_answer": np.zeros(shape, bool),
+        "segments": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "row": np.full(batch_size, -1, np.int32),
+    }
+
+
+def _write(batch: Batch, place: tuple[int, ...], token_rows: Sequence[TokenRow]) -> None:
+    """Put examples one behind the other into one row."""
+    start = 0
+    for segment, row in enumerate(token_rows, start=1):
+        end = start + len(row.tokens)
+        batch["tokens"][place][start:end] = row.tokens
+        batch["is_answer"][place][start:end] = row.is_answer
+        batch["segments"][place][start:end] = segment
+        batch["positions"][place][start:end] = np.arange(end - start)
+        start = end
+
+
+def _mismatched(examples: Examples, rows: Sequence[int], batch_size: int) -> Batch:
+    """Each prompt with the answer of the next row that answers another prompt (Ethayarajh et al., 2024, section 4.1).
+
+    Where all rows answer the same prompt, it is the next row's.
+    """
+    other = _empty(examples, batch_size)
+    prompts = [row.tokens[: row.n_prompt].tobytes() for row in (examples.sequences[index][0] for index in rows)]
+    for place, index in enumerate(rows):
+        following = [(place + ahead) % len(rows) for ahead in range(1, len(rows) + 1)]
+        answered = next((there for there in following if prompts[there] != prompts[place]), following[0])
+        _write(other, (place,), [_joined(examples, index, rows[answered])])
+    return {f"kl_{name}": other[name] for name in ("tokens", "is_answer", "segments", "positions")}
+
+
+def _joined(examples: Examples, prompt_of: int, answer_of: int) -> TokenRow:
+    asked, answered = examples.sequences[prompt_of][0], examples.sequences[answer_of][0]
+    tokens = np.concatenate([asked.tokens[: asked.n_prompt], answered.tokens[answered.n_prompt :]])
+    is_answer = np.concatenate([np.zeros(asked.n_prompt, bool), answered.is_answer[answered.n_prompt :]])
+    return TokenRow(tokens[: examples.n_time], is_answer[: examples.n_time], asked.n_prompt)

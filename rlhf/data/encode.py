@@ -1,0 +1,240 @@
+"""Examples to token ids with masks, once. Which tokens count is decided here and nowhere later."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from rlhf.data.examples import Conversation, Example, Form, Judged, Preference, Question
+from rlhf.data.packing import pack
+from rlhf.data.truncate import shorten
+from rlhf.errors import DataError
+from rlhf.model.chat import ChatTemplate, Message, Rendered
+from rlhf.model.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+ROUND_TO = 32  # the time axis is a multiple of this, so that one shape serves a run
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """The settings of a dataset that matter here; see `rlhf.data.dataset.Dataset`."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def on_long(self) -> str: ...
+    @property
+    def loss_on(self) -> str: ...
+    @property
+    def packing(self) -> bool: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where an example comes from. place: for messages; fields: the raw row."""
+
+    place: str
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+    """One token row. n_prompt: tokens in front of the last answer."""
+
+    tokens: Int32[np.ndarray, "time"]
+    is_answer: Bool[np.ndarray, "time"]
+    n_prompt: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer.
+
+    token_ids: up to and with the head of the answer's turn.
+    answer: reference that generated answers are compared with, or None.
+    fields: the raw row.
+    row: its index in the dataset.
+    """
+
+    token_ids: tuple[int, ...]
+    answer: str | None
+    fields: dict[str, Any]
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """A split, encoded.
+
+    sequences: one for each example (for a preference two: chosen and rejected; for a prompt the prompt).
+    packs: the examples that share a row of a batch; one each unless packed.
+    prompts: of the form "prompt": one for each example.
+    is_desirable: of the form "unpaired": one for each example.
+    sources: one for each example.
+    n_time: length of the time axis of every batch.
+    pad: the token that fills it.
+    n_dropped, n_truncated: examples longer than max_length that were left out, or cut.
+    fingerprint: changes when any token, mask or the packing does; kept beside checkpoints.
+    """
+
+    form: Form
+    sequences: list[tuple[TokenRow, ...]]
+    packs: list[tuple[int, ...]]
+    prompts: list[Prompt]
+    is_desirable: list[bool]
+    sources: list[Source]
+    n_time: int
+    pad: int
+    n_dropped: int
+    n_truncated: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+def encode(
+    found: Sequence[tuple[Source, Example]], form: Form, tokenizer: Tokenizer, settings: Settings, name: str
+) -> Examples:
+    """Encode the examples of a split; `name` is its name in the log.
+
+    Raises:
+        DataError: an example longer than max_length (if that is an error), or none left.
+    """
+    template = ChatTemplate(tokenizer)
+    lists = [_conversations(example) for _, example in found]
+    is_open = form == "prompt"
+    flat = template.render([messages for group in lists for messages in group], opens_answer=is_open)
+    rendered = iter(flat)
+    kept: list[tuple[Source, Example]] = []
+    rows: list[tuple[TokenRow, ...]] = []
+    n_dropped = n_truncated = 0
+    for (source, example), group in zip(found, lists, strict=True):
+        whole = [next(rendered) for _ in group]
+        longest = max(len(one.tokens) for one in whole)
+        if longest > settings.max_length:
+            if settings.on_long == "drop":
+                n_dropped += 1
+                continue
+            if settings.on_long == "error":
+                raise DataError(_too_long(source.place, longest, settings.max_length))
+            n_truncated += 1
+            whole = shorten(template, group, settings.max_length, is_open)
+        kept.append((source, example))
+        rows.append(tuple(_token_row(one, form, settings.loss_on) for one in whole))
+    if not rows:
+        raise DataError(
+            f"all {n_dropped} rows for {name} are longer than dataset.max_length={settings.max_length} tokens; "
+            "raise it, or set dataset.on_long=truncate"
+        )
+    examples = _assemble(kept, rows, form, tokenizer, settings, (n_dropped, n_truncated))
+    _report(examples, settings, name)
+    return examples
+
+
+def _conversations(example: Example) -> list[tuple[Message, ...]]:
+    """The messages of each token row of an example."""
+    match example:
+        case Conversation(messages):
+            return [messages]
+        case Preference(prompt, chosen, rejected):
+            return [(*prompt, Message("assistant", answer)) for answer in (chosen, rejected)]
+        case Judged(prompt, answer, _):
+            return [(*prompt, Message("assistant", answer))]
+        case Question(prompt, _, _):
+            return [prompt]
+
+
+def _token_row(rendered: Rendered, form: Form, loss_on: str) -> TokenRow:
+    tokens = np.array(rendered.tokens, np.int32)
+    answer = np.array(rendered.answer, np.int32)
+    if form == "prompt":
+        return TokenRow(tokens, np.zeros(len(tokens), bool), len(tokens))
+    last = answer.max()
+    n_prompt = int(np.argmax(answer == last))
+    if form != "conversation" or loss_on == "last":
+        is_answer = answer == last
+    elif loss_on == "assistant":
+        is_answer = answer > 0
+    else:
+        is_answer = np.arange(len(tokens)) > 0  # nothing comes before BOS to predict it from
+    return TokenRow(tokens, is_answer, n_prompt)
+
+
+def _assemble(
+    kept: list[tuple[Source, Example]],
+    rows: list[tuple[TokenRow, ...]],
+    form: Form,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    n_long: tuple[int, int],
+) -> Examples:
+    if settings.packing and form == "conversation":
+        packs = pack([len(row.tokens) for (row,) in rows], settings.max_length)
+    else:
+        packs = [(index,) for index in range(len(rows))]
+    longest = max(sum(max(len(row.tokens) for row in rows[index]) for index in group) for group in packs)
+    prompts = [
+        Prompt(tuple(row[0].tokens.tolist()), example.reference, source.fields, index)
+        for index, ((source, example), row) in enumerate(zip(kept, rows, strict=True))
+        if isinstance(example, Question)
+    ]
+    is_desirable = [example.is_desirable for _, example in kept if isinstance(example, Judged)]
+    return Examples(
+        form=form,
+        sequences=rows,
+        packs=packs,
+        prompts=prompts,
+        is_desirable=is_desirable,
+        sources=[source for source, _ in kept],
+        n_time=min(settings.max_length, -(-longest // ROUND_TO) * ROUND_TO),
+        pad=tokenizer.pad,
+        n_dropped=n_long[0],
+        n_truncated=n_long[1],
+        fingerprint=_fingerprint(form, rows, packs, is_desirable),
+    )
+
+
+def _fingerprint(
+    form: Form, rows: list[tuple[TokenRow, ...]], packs: list[tuple[int, ...]], is_desirable: list[bool]
+) -> str:
+    """sha256 over everything that reaches a batch."""
+    flat = [row for group in rows for row in group]
+    digest = hashlib.sha256(form.encode())
+    digest.update(np.array([len(row.tokens) for row in flat], np.int64).tobytes())
+    digest.update(np.concatenate([row.tokens for row in flat]).tobytes())
+    digest.update(np.packbits(np.concatenate([row.is_answer for row in flat])).tobytes())
+    digest.update(np.array([index for group in packs for index in (*group, -1)], np.int64).tobytes())
+    digest.update(np.array(is_desirable, bool).tobytes())
+    return digest.hexdigest()
+
+
+def _too_long(place: str, n_tokens: int, max_length: int) -> str:
+    return (
+        f"{place}: {n_tokens} tokens, more than dataset.max_length={max_length}; raise it, or set "
+        "dataset.on_long=truncate or dataset.on_long=drop"
+    )
+
+
+def _report(examples: Examples, settings: Settings, name: str) -> None:
+    flat = [row for group in examples.sequences for row in group]
+    n_tokens = sum(len(row.tokens) for row in flat)
+    log.info(
+        "%s: %d %s rows, %d tokens (%d of them trained on), longest %d, time axis %d",
+        name, len(examples), examples.form, n_tokens, sum(int(row.is_answer.sum()) for row in flat),
+        max(len(row.tokens) for row in flat), examples.n_time,
+    )  # fmt: skip
+    if len(examples.packs) < len(examples):
+        filled = n_tokens / (len(examples.packs) * examples.n_time)
+        log.info("%s: packed into %d rows, %.0f %% filled", name, len(examples.packs), 100 * filled)
+    if examples.n_dropped or examples.n_truncated:
+        log.warning(
+            "%s: %d rows longer than %d tokens left out, %d cut",
+            name, examples.n_dropped, settings.max_length, examples.n_truncated,
+        )  # fmt: skip

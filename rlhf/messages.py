@@ -1,0 +1,71 @@
+"""Hydra's composition errors in our words: the key, the value, the rule, and the nearest valid name."""
+
+import re
+import sys
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+    SearchPathException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf.errors import nearest
+
+
+def of_hydra(error: BaseException) -> str | None:
+    """The message for an error of composition, or None for an error of another kind."""
+    if isinstance(error, MissingConfigException):
+        return _unknown_choice(error)
+    if isinstance(error, ConfigCompositionException):
+        return _unknown_key(error)
+    if isinstance(error, OverrideParseException):
+        return f"the override {error.override!r} can't be read: {str(error).splitlines()[-1].strip()}"
+    if isinstance(error, HydraException | SearchPathException | OmegaConfBaseException):
+        return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return None
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    text = str(error)
+    found = re.search(r"Could not find '([^']+)'", text)
+    missing = found.group(1) if found else (error.missing_cfg_file or "")
+    group, _, choice = str(missing).rpartition("/")
+    options = [str(option) for option in error.options or []] or re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    if not group or not options:
+        return " ".join(text.split())
+    return f"{group}={choice}: there is no such {group}{nearest(choice, options)}"
+
+
+def _unknown_key(error: ConfigCompositionException) -> str:
+    text = str(error)
+    key = re.search(r"(?:full_key: |Could not override ')([\w.]+)", text)
+    if key is None:
+        return " ".join(text.split())
+    name = re.search(r"full_key: ([\w.]+)", text)
+    full = name.group(1) if name else key.group(1)
+    if "not in struct" not in text and "is not in" not in text:
+        return f"{full}: {text.splitlines()[0]}"
+    parent, _, last = full.rpartition(".")
+    return f"{full}: unknown key{nearest(last, _siblings(parent), f'{parent}.' if parent else '')}"
+
+
+def _siblings(parent: str) -> list[str]:
+    """Names beside an unknown key, from the same command without its single settings (groups stay)."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from rlhf.run import CONF
+
+    groups = [word for word in sys.argv[1:] if re.fullmatch(r"\+?[a-z_]+=[\w./-]+", word)]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(CONF, version_base="1.3"):
+            cfg = compose("config", overrides=groups)
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []

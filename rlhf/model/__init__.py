@@ -1,0 +1,1 @@
+"""Gemma 3: architecture, parameters, tokenizer, chat template and checkpoint formats."""

@@ -1,0 +1,80 @@
+"""The parts of a Gemma 3 block, as functions of arrays. Nothing here knows about stacks, caches or configs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -2.3819763e38  # finite, so that a row without any visible key (padding) gives numbers and not NaN
+
+
+def rms_norm(x: Float[Array, "... width"], weight: Float[Array, "width"], eps: float) -> Float[Array, "... width"]:
+    """x / rms(x) · (1 + weight), computed in float32, returned in x's type."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = (1.0 + weight.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + weight.shape)
+    return (normed * scale).astype(x.dtype)
+
+
+def rope_tables(
+    positions: Int[Array, "batch time"], head_width: int, base: float, scale: float
+) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
+    """Sine and cosine of each position's angles (Su et al., 2021, eq. 15); positions are divided by `scale`."""
+    exponents = jnp.arange(head_width // 2, dtype=jnp.float32) * (2.0 / head_width)
+    inverse_wavelength = jnp.asarray(base, jnp.float32) ** -exponents / scale
+    angles = positions.astype(jnp.float32)[..., None] * inverse_wavelength[None, None, :]
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(
+    x: Float[Array, "batch time heads head_width"],
+    sin: Float[Array, "batch time half"],
+    cos: Float[Array, "batch time half"],
+) -> Float[Array, "batch time heads head_width"]:
+    """Rotate the two halves of each head (not interleaved pairs)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = sin[:, :, None, :], cos[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_mask(
+    query_positions: Int[Array, "batch queries"],
+    query_segments: Int[Array, "batch queries"],
+    key_positions: Int[Array, "batch keys"],
+    key_segments: Int[Array, "batch keys"],
+    window: int | None = None,
+) -> Bool[Array, "batch queries keys"]:
+    """Who sees whom: keys of the same segment, not later, and with a window only the query and window - 1 before it.
+
+    Segment 0 is padding: it sees nothing and is not seen.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    same = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+    visible = same & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
+
+
+def attend(
+    queries: Float[Array, "batch queries heads head_width"],
+    keys: Float[Array, "batch keys kv_heads head_width"],
+    values: Float[Array, "batch keys kv_heads head_width"],
+    is_visible: Bool[Array, "batch queries keys"],
+) -> Float[Array, "batch queries heads head_width"]:
+    """Grouped-query attention with a float32 softmax; the queries are already scaled."""
+    batch, n_queries, heads, head_width = queries.shape
+    kv_heads = keys.shape[2]
+    grouped = queries.reshape(batch, n_queries, kv_heads, heads // kv_heads, head_width)
+    scores = jnp.einsum("bqkgh,btkh->bkgqt", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(is_visible[:, None, None, :, :], scores, _MASKED)
+    shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkgqt,btkh->bqkgh", shares, values)
+    return mixed.reshape(batch, n_queries, heads, head_width)
+
+
+def gated_mlp(
+    x: Float[Array, "batch time width"], gate_up: Float[Array, "width two ff"], down: Float[Array, "ff width"]
+) -> Float[Array, "batch time width"]:
+    """GeGLU with the tanh approximation; gate and up are one matrix product."""
+    width, _, ff = gate_up.shape
+    both = x @ gate_up.reshape(width, 2 * ff)
+    gate, up = both[..., :ff], both[..., ff:]
+    return (jax.nn.gelu(gate, approximate=True) * up) @ down

@@ -1,0 +1,1 @@
+"""Maths: arrays in, arrays out. No config objects, models, files or logging."""

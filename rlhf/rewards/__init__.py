@@ -1,0 +1,1 @@
+"""Rewards: text (and a reference answer) in, a number out."""

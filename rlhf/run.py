@@ -1,0 +1,81 @@
+"""The one entry point: compose a config, then do its task in the run's own folder.
+
+Nothing here imports jax before a run begins, so that `--help`, `--cfg` and tab completion answer at once.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf import messages, sweep
+from rlhf.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_HERE = Path(__file__).resolve().parent
+CONF = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if (p / "config.yaml").is_file()))
+
+
+def run_folder(resume: str | None, name: str | None, choices: DictConfig, now: str) -> str:
+    """The folder of a run: the one to go on with, or a new one named after what is run."""
+    if resume not in (None, "auto"):
+        return str(resume)
+    chosen = [choices.get(group) for group in ("experiment", "pipeline", "task", "algorithm")]
+    label = name or next(c for c in chosen if c not in (None, "null", "train"))
+    return f"outputs/{label}/{now}"
+
+
+OmegaConf.register_new_resolver("rlhf_run_dir", run_folder, replace=True)
+
+
+_failures: list[BaseException] = []
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def main(cfg: DictConfig) -> None:
+    """One job: the only one of a run, or one of a sweep."""
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    is_sweep = job.mode.name == "MULTIRUN"
+    try:
+        from rlhf import tasks  # jax is imported here, after Hydra has set the environment
+
+        result = tasks.run(cfg, folder, overrides=list(job.overrides.task), keep=is_sweep)
+    except Exception as error:
+        if isinstance(error, UserError):
+            log.error("%s", error)
+        else:
+            log.exception("the run failed")  # the reason is in this run's log.txt; a sweep goes on to its next job
+        sweep.record(job, folder, error=error)
+        _failures.append(error)
+        if is_sweep:
+            raise
+    else:
+        sweep.record(job, folder, result=result)
+
+
+def cli() -> None:
+    """The console command: `main`, with every mistake of the user told in one message and no traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
+    sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
+    try:
+        main()
+    except Exception as error:
+        message = messages.of_hydra(error)
+        if message is None and error not in _failures:
+            raise
+        if message is not None:
+            sys.exit(f"error: {message}")
+    finally:
+        sweep.report()
+    if _failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli()

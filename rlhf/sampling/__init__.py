@@ -1,0 +1,1 @@
+"""Generation: sampling methods, a cached decoder compiled once per bucket, samples and evaluation."""

@@ -1,0 +1,56 @@
+"""The table of a sweep: one row per run with what was swept over and what came out; written after every run."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_tables: dict[Path, list[dict[str, Any]]] = {}
+
+
+def record(job: Any, folder: Path, result: dict[str, Any] | None = None, error: BaseException | None = None) -> None:
+    """Add a run to the table of its sweep (`job` is Hydra's own config); does nothing for a single run.
+
+    The table lies in the sweep's folder as summary.csv, read back first: launchers may run each job in a process of
+    its own.
+    """
+    if job.mode.name != "MULTIRUN":
+        return
+    numbers = {k: v for k, v in (result or {}).items() if isinstance(v, int | float | str)}
+    swept = dict(o.lstrip("+").split("=", 1) for o in job.overrides.task if "=" in o)
+    row = {"run": folder.name, **swept, "status": "failed" if error else "ok", **numbers}
+    if error is not None:
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    (folder / "summary.json").write_text(json.dumps(row))
+    sweep_folder = Path(job.sweep.dir).resolve()
+    rows = [json.loads(path.read_text()) for path in sweep_folder.glob("*/summary.json")]
+    rows.sort(key=lambda r: (len(r["run"]), r["run"]))
+    _write(sweep_folder / "summary.csv", rows)
+    _tables[sweep_folder] = rows
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _columns(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report() -> None:
+    """Print the tables of the sweeps that this process ran."""
+    from tabulate import tabulate
+
+    for folder, rows in _tables.items():
+        constant = {c for c in _columns(rows) if len(rows) > 1 and len({str(r.get(c)) for r in rows}) == 1} - {"status"}
+        shown = [c for c in _columns(rows) if c not in constant]
+        cells = [[row.get(c, "") for c in shown] for row in rows]
+        print("\n" + tabulate(cells, shown, floatfmt=".4g", disable_numparse=False))
+        print(f"\n{len(rows)} runs, {sum(r['status'] == 'failed' for r in rows)} failed; table: {folder / 'summary.csv'}")
+    _tables.clear()

@@ -1,0 +1,85 @@
+"""Measure a checkpoint on held-out rows: accuracy of generated answers, and the algorithm's own loss and metrics."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf.build import Experiment
+from rlhf.config import config
+from rlhf.errors import ConfigError
+from rlhf.sampling.evaluate import evaluate_prompts, interval
+from rlhf.train.checkpoint import read_record
+from rlhf.train.update import measure_all
+
+log = logging.getLogger(__name__)
+
+
+@config
+class Evaluate:
+    """`rlhf task=evaluate model.checkpoint=… dataset=… [algorithm=…]`.
+
+    reference: checkpoint that algorithms with a reference compare with; none takes what the run of model.checkpoint
+        started from.
+
+    Writes `evaluation.json` (each number with n, shares with a 95 % interval) and `rows.jsonl` (each answer) into the
+    run's folder.
+    """
+
+    reference: str | None = None
+
+    def __call__(self, experiment: Experiment) -> dict[str, Any]:
+        """Prompts with an answer give accuracies; rows of the algorithm's form give its loss and metrics.
+
+        Raises:
+            ConfigError: the evaluation split has neither.
+        """
+        result = self._answers(experiment) | self._metrics(experiment)
+        if not result:
+            raise ConfigError("nothing to evaluate: the dataset has no evaluation split with answers or with rows to score")
+        result |= {"checkpoint": experiment.settings.model.checkpoint, "parameters": experiment.model.n_parameters()}
+        path = experiment.folder / "evaluation.json"
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        for name, value in result.items():
+            log.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
+        log.info("written: %s", path)
+        return result
+
+    def _answers(self, experiment: Experiment) -> dict[str, Any]:
+        settings = experiment.settings.evaluation
+        prompts = experiment.prompts(settings.rows)
+        if not prompts or any(prompt.answer is None for prompt in prompts):
+            return {}
+        parameters, tokenizer = experiment.parameters, experiment.tokenizer
+        summary, rows = evaluate_prompts(experiment.model, parameters, tokenizer, prompts, settings)
+        with (experiment.folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return summary
+
+    def _metrics(self, experiment: Experiment) -> dict[str, Any]:
+        """The loss and metrics that training logs as `val/…`; preference accuracy gets its interval."""
+        held_out = experiment.held_out()
+        if held_out is None:
+            return {}
+        algorithm, parameters = experiment.settings.algorithm, experiment.parameters
+        start = self._start(experiment) if algorithm.needs_reference else {}
+        runtime = experiment.runtime(start, None, held_out)
+        prepared = algorithm.prepare(runtime, parameters, held_out, jax.random.key(experiment.settings.seed))
+        measured: dict[str, Any] = measure_all(parameters, prepared, algorithm, experiment.model)
+        n = len(held_out["row"])
+        if "rewards/accuracies" in measured:
+            low, high = interval(round(measured["rewards/accuracies"] * n), n)
+            measured |= {"rewards/accuracies_low": low, "rewards/accuracies_high": high}
+        return {**measured, "n_scored": n}
+
+    def _start(self, experiment: Experiment) -> dict[str, Any]:
+        checkpoint = experiment.settings.model.checkpoint
+        if self.reference is not None:
+            return experiment.load_or_draw(self.reference, 0)
+        if checkpoint is None:
+            return experiment.parameters
+        began = read_record(Path(checkpoint))["config"]
+        log.info("reference: what %s started from", checkpoint)
+        return experiment.load_or_draw(began["model"]["checkpoint"], began["seed"])

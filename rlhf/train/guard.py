@@ -1,0 +1,159 @@
+"""How often this process compiled, what, and why a function was traced again.
+
+Counts are taken from JAX's own events, from the import of this module on.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from rlhf.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_FROM_DISK = "/jax/compilation_cache/cache_hits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """One program made ready to run. seconds: the compiler's, or the reading's if it came from the cache on disk."""
+
+    name: str
+    seconds: float
+    is_from_disk: bool
+
+
+class _Listener:
+    """Collects JAX's events. A hit in the cache on disk is reported inside the compilation it replaces."""
+
+    def __init__(self) -> None:
+        self.compilations: list[Compilation] = []
+        self._thread = threading.local()
+
+    def note_event(self, event: str, **details: Any) -> None:
+        if event == _FROM_DISK:
+            self._thread.is_hit = True
+
+    def note_duration(self, event: str, duration_secs: float, **details: Any) -> None:
+        if event == _COMPILED:
+            is_hit = getattr(self._thread, "is_hit", False)
+            self._thread.is_hit = False
+            name = str(details.get("fun_name", "unnamed")).removeprefix("jit(").removesuffix(")")
+            self.compilations.append(Compilation(name, duration_secs, is_hit))
+
+
+_listener = _Listener()
+jax.monitoring.register_event_listener(_listener.note_event)
+jax.monitoring.register_event_duration_secs_listener(_listener.note_duration)
+
+
+def compilations() -> int:
+    """Programs compiled, or read from the cache on disk, by this process so far."""
+    return len(_listener.compilations)
+
+
+@dataclasses.dataclass
+class Recording:
+    """The compilations inside a `record_compilations` block."""
+
+    _start: int
+    _stop: int | None = None
+
+    @property
+    def compilations(self) -> list[Compilation]:
+        return _listener.compilations[self._start : self._stop]
+
+    @property
+    def names(self) -> Counter[str]:
+        """How often each function was compiled."""
+        return Counter(one.name for one in self.compilations)
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.compilations)
+
+    def __len__(self) -> int:
+        return len(self.compilations)
+
+    def __str__(self) -> str:
+        if not self.compilations:
+            return "no compilations"
+        n_read = sum(one.is_from_disk for one in self.compilations)
+        names = ", ".join(f"{name} × {n}" if n > 1 else name for name, n in self.names.most_common())
+        return f"{len(self)} compilations ({n_read} from the cache on disk) in {self.seconds:.1f} s: {names}"
+
+
+@contextlib.contextmanager
+def record_compilations() -> Iterator[Recording]:
+    """Record what is compiled in the block, by any thread."""
+    recording = Recording(compilations())
+    try:
+        yield recording
+    finally:
+        recording._stop = compilations()
+
+
+@contextlib.contextmanager
+def forbid_compilations(what: str) -> Iterator[None]:
+    """Fail if anything is compiled in the block.
+
+    Raises:
+        TrainingError: names `what` and the compiled functions.
+    """
+    with record_compilations() as recording:
+        yield
+    if len(recording):
+        raise TrainingError(f"{what} must compile nothing new, but there were {recording}")
+
+
+class TraceCounter:
+    """Counts how often JAX traces a function, and logs why: which argument differs from the trace before.
+
+    Wrap the function before it is jitted: `jax.jit(TraceCounter(step))`. Calls that run without tracing don't count.
+    """
+
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.n_traces = 0
+        self._before: dict[str, str] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree_util.tree_flatten_with_path((args, kwargs))[0]
+        if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
+            self._note({self._name(path): _describe(leaf) for path, leaf in leaves})
+        return self.function(*args, **kwargs)
+
+    @staticmethod
+    def _name(path: tuple) -> str:
+        """The path without the step into (args, kwargs): "[0].beta", "['batch']['tokens']"."""
+        return jax.tree_util.keystr(path[1:])
+
+    def _note(self, arguments: dict[str, str]) -> None:
+        self.n_traces += 1
+        before, self._before = self._before, arguments
+        name = getattr(self.function, "__name__", repr(self.function))
+        if self.n_traces == 1:
+            log.debug("tracing %s", name)
+            return
+        changed = [
+            f"{key}: {before.get(key, 'absent')} → {arguments.get(key, 'absent')}"
+            for key in {**before, **arguments}
+            if before.get(key) != arguments.get(key)
+        ]
+        reason = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+        log.info("tracing %s again (%d times now): %s", name, self.n_traces, reason or "a static argument or placement")
+
+
+def _describe(leaf: Any) -> str:
+    if not isinstance(leaf, jax.core.Tracer):
+        return repr(leaf)
+    return f"{leaf.dtype}{list(leaf.shape)}{' (weak type)' if leaf.weak_type else ''}"

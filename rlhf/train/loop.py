@@ -1,0 +1,278 @@
+"""The loop: batch → prepare → update → log, with evaluation, samples, checkpoints and resume around it.
+
+It calls an algorithm's `prepare` and, compiled, its `loss`; it knows nothing else about it. Metrics of a step are
+fetched while the next one runs, so the device never waits for the log.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from rlhf.errors import TrainingError
+from rlhf.model.sharding import place_rows
+from rlhf.train import guard
+from rlhf.train.checkpoint import Checkpoints
+from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_metrics, read_metrics
+from rlhf.train.settings import TrainerSettings
+from rlhf.train.signals import StopSignals
+from rlhf.train.update import initial_state, measure, measure_all, update
+
+log = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """Training data by position: batch k of a run is the same whenever it is asked for."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
+
+
+@dataclasses.dataclass
+class Job:
+    """Everything one training run works on.
+
+    trainable, frozen: components of the parameters; the update changes (and consumes) `trainable` only.
+    record: what a checkpoint says about the run besides its arrays (config, versions); must be JSON.
+    evaluate(params), sample(params, step): optional; metrics and rows for the log.
+    """
+
+    folder: Path
+    model: Any
+    algorithm: Any
+    runtime: Any
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    batches: Batches
+    held_out: dict[str, np.ndarray] | None
+    settings: TrainerSettings
+    seed: int
+    record: dict[str, Any]
+    mesh: Any = None
+    evaluate: Callable[[dict], dict[str, float]] | None = None
+    sample: Callable[[dict, int], list[dict]] | None = None
+    resume: bool = False
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A dispatched step whose numbers have not been fetched."""
+
+    step: int
+    started: float
+    n_tokens: Any
+    rows: np.ndarray
+    metrics: list[dict[str, Any]]
+
+
+class Trainer:
+    """Runs a `Job` from its start or its newest checkpoint to its end."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        a = job.algorithm
+        self.n_steps = job.settings.n_steps(job.batches.n_rows, a.batch_size)
+        # A Python float and a float32 scalar would be two programs: convert once.
+        self.algorithm = jax.tree.map(lambda x: np.float32(x) if isinstance(x, int | float) else x, a)
+        self.update = update.__wrapped__ if job.settings.eager else update
+        self.measure = measure.__wrapped__ if job.settings.eager else measure
+        self.checkpoints = Checkpoints(job.folder / "checkpoints", job.settings.max_to_keep)
+        self.state = initial_state(job.trainable, self.algorithm)
+        self.start = self._restore() if job.resume else 0
+        self.finished = 0.0  # when the numbers of the last step were there
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {**self.job.frozen, **self.state["params"]}
+
+    def _restore(self) -> int:
+        if not self.checkpoints.steps():
+            log.info("no checkpoint in %s yet: starting at step 0", self.checkpoints.folder)
+            return 0
+        memory = self.checkpoints.abstract("memory")
+        target = {**self.state, "memory": memory}
+        tree, record = self.checkpoints.restore(target, allow_older=self.job.settings.allow_older_checkpoint)
+        if record["data"] != self.job.batches.fingerprint:
+            raise TrainingError(
+                f"the data changed since {self.checkpoints.folder} was written (fingerprint {record['data']}, now "
+                f"{self.job.batches.fingerprint}): a run goes on only with the rows it began with"
+            )
+        self.job.runtime.memory.update(tree.pop("memory"))
+        self.state = tree
+        log.info("going on after step %d of %s", record["step"], self.checkpoints.folder)
+        return record["step"]
+
+    def fit(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Train to the end; returns the metrics from before the first step and those of the last.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite and `trainer.on_nonfinite` is `stop`.
+        """
+        job, settings = self.job, self.job.settings
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        with (
+            MetricsWriter(job.folder, self.start) as self.writer,
+            SamplesWriter(job.folder, self.start) as self.samples,
+            Progress(self.n_steps, self.start) as self.progress,
+            StopSignals() as signals,
+        ):
+            if self.start == 0:
+                first = self._first_look()
+            pending = None
+            for step in range(self.start, self.n_steps):
+                dispatched, done = self._step(step), step + 1
+                last = self._finish(pending) or last
+                pending = dispatched
+                is_last, is_stopped = done == self.n_steps, signals.received is not None
+                if is_last or is_stopped or self._pauses_after(done):
+                    last, pending = self._pause(pending, is_last, is_stopped), None
+                if is_stopped and not is_last:
+                    signals.leave(f"stopped after step {done}, checkpoint written; go on with resume={job.folder}")
+        return first or self._stored(0), last or self._stored(self.n_steps)
+
+    def _stored(self, step: int) -> dict[str, float]:
+        """A row that an earlier process of this run wrote."""
+        return next((row for row in read_metrics(self.job.folder) if row["step"] == step), {})
+
+    def _first_look(self) -> dict[str, float]:
+        """Held-out metrics and samples of the model as it comes, as row 0."""
+        if metrics := self._held_out_metrics():
+            self.writer.write(0, metrics, {})
+            log.info("%s", format_metrics(0, self.n_steps, metrics))
+        if self.job.settings.samples_every and self.job.sample:
+            self.samples.write(0, self.job.sample(self.params, 0))
+        return metrics
+
+    def _step(self, step: int) -> _Pending:
+        job, algorithm = self.job, self.algorithm
+        started = time.perf_counter()
+        key = jax.random.fold_in(jax.random.key(job.seed), step)
+        batch = job.batches[step]
+        rows = batch["row"]
+        batch = algorithm.prepare(job.runtime, self.params, place_rows(batch, job.mesh), key)
+        n_updates = np.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
+        metrics = []
+        for part in _minibatches(batch, algorithm, jax.random.fold_in(key, 1)):
+            part = place_rows(part, job.mesh)
+            self.state, one = self.update(self.state, job.frozen, part, algorithm, n_updates, model=job.model)
+            metrics.append(one)
+        if step == 0 and self.start == 0:
+            self._self_check(metrics[0])
+        return _Pending(step + 1, started, (batch["segments"] > 0).sum(), rows, metrics)
+
+    def _self_check(self, metrics: dict[str, Any]) -> None:
+        """The loss of the first update against the closed form that the algorithm names, if it has one."""
+        expected = self.job.algorithm.expected_first_loss()
+        if expected is None:
+            return
+        found, tolerance = float(metrics["loss"]), 1e-5 if self.job.model.compute_dtype == "float32" else 2e-2
+        if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance):
+            raise TrainingError(
+                f"self-check failed: the first loss is {found:.6f}, but with policy and reference equal it must be "
+                f"{expected:.6f}; the loss, the reference or the batch is wrong"
+            )
+        log.info("self-check: first loss %.6f, expected %.6f: ok", found, expected)
+
+    def _pauses_after(self, step: int) -> bool:
+        s = self.job.settings
+        return any(_due(step, every) for every in (s.eval_every, s.checkpoint_every, s.samples_every))
+
+    def _pause(self, pending: _Pending, is_last: bool, is_stopped: bool) -> dict[str, float]:
+        """Between two steps: evaluate, sample and save as far as it is due. A row is on the disk before its checkpoint."""
+        settings, step = self.job.settings, pending.step
+        metrics, times = self._fetch(pending)
+        is_evaluated = is_last or _due(step, settings.eval_every)
+        if is_evaluated:
+            metrics |= self._held_out_metrics()
+        if is_evaluated or _due(step, settings.log_every):  # whatever stops a run adds no row that it would not have
+            self._write(step, metrics, times)
+        if _due(step, settings.samples_every) and self.job.sample:
+            self.samples.write(step, self.job.sample(self.params, step))
+        if is_last or is_stopped or _due(step, settings.checkpoint_every):
+            self._save(step)
+        self.finished = time.perf_counter()
+        return metrics
+
+    def _finish(self, pending: _Pending | None) -> dict[str, float]:
+        """Fetch and log the numbers of a step that nothing else follows."""
+        if pending is None:
+            return {}
+        metrics, times = self._fetch(pending)
+        if _due(pending.step, self.job.settings.log_every):
+            self._write(pending.step, metrics, times)
+        return metrics
+
+    def _fetch(self, pending: _Pending) -> tuple[dict[str, float], dict[str, float]]:
+        """Wait for a step; its metrics (the mean, where it had several updates) and its times."""
+        fetched = jax.device_get(pending.metrics)
+        metrics = {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
+        n_tokens, now = int(pending.n_tokens), time.perf_counter()
+        seconds, self.finished = now - max(pending.started, self.finished), now
+        self._check_finite(pending, metrics)
+        metrics |= {"n_skipped": int(fetched[-1]["n_skipped"]), "n_tokens": n_tokens}
+        return metrics, {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
+
+    def _write(self, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
+        self.writer.write(step, metrics, times)
+        self.progress.update(step, metrics, times)
+
+    def _check_finite(self, pending: _Pending, metrics: dict[str, float]) -> None:
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+        if not bad:
+            return
+        steps = self.checkpoints.steps()
+        last_good = str(self.checkpoints.folder / f"step_{steps[-1]}") if steps else "none yet"
+        message = (
+            f"{' and '.join(f'{name}={metrics[name]}' for name in bad)} at step {pending.step}; rows of the batch: "
+            f"{sorted(pending.rows.tolist())}; last good checkpoint: {last_good}"
+        )
+        if self.job.settings.on_nonfinite == "stop":
+            raise TrainingError(f"{message}. trainer.on_nonfinite=skip leaves such updates out and counts them")
+        log.warning("%s; the update was skipped", message)
+
+    def _held_out_metrics(self) -> dict[str, float]:
+        """The algorithm's loss and metrics on held-out rows, and what else the job evaluates, as `val/…`."""
+        job, metrics = self.job, {}
+        if job.held_out is not None:
+            memory = dict(job.runtime.memory)  # held-out rows leave no trace in it
+            prepared = self.algorithm.prepare(job.runtime, self.params, job.held_out, jax.random.key(job.seed))
+            job.runtime.memory.clear()
+            job.runtime.memory.update(memory)
+            metrics = measure_all(self.params, prepared, self.algorithm, job.model, self.measure)
+        if job.evaluate is not None:
+            metrics |= job.evaluate(self.params)
+        return {f"val/{name}": value for name, value in metrics.items()}
+
+    def _save(self, step: int) -> None:
+        self.writer.flush()
+        self.samples.flush()
+        record = {**self.job.record, "step": step, "data": self.job.batches.fingerprint, "seed": self.job.seed}
+        record["compilations"] = guard.compilations()
+        self.checkpoints.save(step, {**self.state, "memory": self.job.runtime.memory}, record)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _minibatches(batch: dict[str, Any], algorithm: Any, key: jax.Array) -> Any:
+    """The parts of a prepared batch, one per optimizer step: in order if there is one, else shuffled each epoch."""
+    if algorithm.epochs * algorithm.minibatches == 1:
+        yield batch
+        return
+    for epoch in range(algorithm.epochs):
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), algorithm.batch_size))
+        for rows in order.reshape(algorithm.minibatches, -1):
+            yield {name: x[rows] if x.ndim else x for name, x in batch.items()}

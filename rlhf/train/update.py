@@ -1,0 +1,111 @@
+"""One optimizer step: accumulate the gradient over microbatches, clip, update. Compiled once per batch shape.
+
+The algorithm comes in as an argument: its numbers are traced leaves, so another beta or learning rate, in the same
+process, runs the program that is already there.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+def initial_state(trainable: Tree, algorithm: Any) -> dict[str, Tree]:
+    """What an update changes: `params` (trained components), `optimizer`, and counts of updates done and skipped."""
+    optimizer = algorithm.optimizer.transform(algorithm.learning_rate).init(trainable)
+    return {"params": trainable, "optimizer": optimizer, "n_updates": jnp.int32(0), "n_skipped": jnp.int32(0)}
+
+
+def _microbatches(batch: Tree, size: int) -> tuple[Tree, Tree]:
+    """(arrays [n, size, …], scalars). Microbatch i takes rows i, i + n, i + 2 n …: rows that are spread over devices
+    in blocks stay spread in each microbatch."""
+
+    def split(x):
+        return x.reshape(size, x.shape[0] // size, *x.shape[1:]).swapaxes(0, 1)
+
+    rows = {name: split(x) for name, x in batch.items() if x.ndim}
+    return rows, {name: x for name, x in batch.items() if not x.ndim}
+
+
+def _fold(name: str, values: jax.Array) -> jax.Array:
+    """A metric of n microbatches as one number: the mean, or what its name ends in."""
+    folds = {"max": jnp.max, "min": jnp.min}
+    return folds.get(name.rsplit("/", 1)[-1], jnp.mean)(values)
+
+
+def loss_and_gradient(trainable: Tree, frozen: Tree, batch: Tree, algorithm: Any, model: Any) -> tuple:
+    """(metrics with `loss`, gradient), each the mean over the rows of the whole batch."""
+
+    def loss(params, rows):
+        return algorithm.loss(model, {**frozen, **params}, rows)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    rows, scalars = _microbatches(batch, algorithm.microbatch_size)
+    n = jax.tree.leaves(rows)[0].shape[0]
+    if n == 1:
+        (value, metrics), gradient = grad(trainable, {**jax.tree.map(lambda x: x[0], rows), **scalars})
+        return {"loss": value, **metrics}, gradient
+
+    def accumulate(total, microbatch):
+        (value, metrics), gradient = grad(trainable, {**microbatch, **scalars})
+        return jax.tree.map(lambda t, g: t + g / n, total, gradient), {"loss": value, **metrics}
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    gradient, metrics = jax.lax.scan(accumulate, zeros, rows)
+    return {name: _fold(name, values) for name, values in metrics.items()}, gradient
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def update(state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any) -> tuple[Tree, Tree]:
+    """One optimizer step of `n_updates` in all; returns the new state and the step's metrics.
+
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts as skipped;
+    the loop decides whether the run goes on.
+    """
+    metrics, gradient = loss_and_gradient(state["params"], frozen, batch, algorithm, model)
+    norm = optax.global_norm(gradient)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    scale = jnp.minimum(1.0, algorithm.clip_norm / jnp.maximum(norm, 1e-30))
+    gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+
+    learning_rate = algorithm.learning_rate * algorithm.schedule(state["n_updates"], n_updates)
+    transform = algorithm.optimizer.transform(learning_rate)
+    changes, optimizer = transform.update(gradient, state["optimizer"], state["params"])
+    params = optax.apply_updates(state["params"], changes)
+
+    old, new = (state["params"], state["optimizer"]), (params, optimizer)
+    params, optimizer = jax.tree.map(lambda before, after: jnp.where(is_finite, after, before), old, new)
+    skipped = state["n_skipped"] + jnp.where(is_finite, 0, 1)
+    after = {"params": params, "optimizer": optimizer, "n_updates": state["n_updates"] + 1, "n_skipped": skipped}
+    metrics |= {"grad_norm": norm, "learning_rate": learning_rate, "n_skipped": skipped}
+    return after, metrics
+
+
+@partial(jax.jit, static_argnames=("model",))
+def measure(params: Tree, batch: Tree, algorithm: Any, *, model: Any) -> Tree:
+    """Loss and metrics of a batch, without a gradient: for held-out data."""
+    value, metrics = algorithm.loss(model, params, batch)
+    return {"loss": value, **metrics}
+
+
+def measure_all(params: Tree, batch: Tree, algorithm: Any, model: Any, run: Any = measure) -> dict[str, float]:
+    """`measure` over a prepared set of any size, `microbatch_size` rows at a time; every row weighs the same."""
+    n_rows, size = len(batch["row"]), algorithm.microbatch_size
+    sums: dict[str, list[tuple[int, Any]]] = {}
+    for start in range(0, n_rows, size):
+        part = {name: x[start : start + size] if x.ndim else x for name, x in batch.items()}
+        for name, value in run(params, part, algorithm, model=model).items():
+            sums.setdefault(name, []).append((len(part["row"]), value))
+    return {name: _weighted(name, parts) for name, parts in sums.items()}
+
+
+def _weighted(name: str, parts: list[tuple[int, Any]]) -> float:
+    values = [float(value) for _, value in parts]
+    ending = name.rsplit("/", 1)[-1]
+    if ending in ("max", "min"):
+        return max(values) if ending == "max" else min(values)
+    return sum(n * v for (n, _), v in zip(parts, values, strict=True)) / sum(n for n, _ in parts)
