@@ -31,7 +31,7 @@ from rlhf.model.sharding import place, place_rows
 from rlhf.model.tokenizer import Tokenizer
 from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
 from rlhf.sampling.completions import sample_rows
-from rlhf.train.checkpoint import load_parameters, parameters_digest
+from rlhf.train.checkpoint import load_parameters, parameters_digest, read_record
 from rlhf.train.hardware import Hardware
 from rlhf.train.loop import Job
 from rlhf.train.settings import TrainerSettings
@@ -48,9 +48,8 @@ def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
         ConfigError: a key is unknown, missing or has a value that its class refuses; the message has its full name.
     """
     node = OmegaConf.select(cfg, key)
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        raise ConfigError(f"{key}.{missing[0]} has no value yet: give one as {key}.{missing[0]}=…")
+    for name in sorted(OmegaConf.missing_keys(node)):  # full names already
+        raise ConfigError(f"{name} has no value yet: give one as {name}=…")
     try:
         built = instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -158,14 +157,14 @@ class Experiment:
         if checkpoint is None:
             log.info("parameters: random, seed %d", seed)
             return place({"model": _draw(self.model, jax.random.key(seed), dtype)}, self.mesh)
-        tree, record = load_parameters(Path(checkpoint), target={"model": self.model.abstract(dtype)})
+        stored = read_record(Path(checkpoint))["config"]["hardware"]["param_dtype"]
+        tree, record = load_parameters(Path(checkpoint), target={"model": self.model.abstract(stored)})
         log.info("parameters: %s, step %s", checkpoint, record["step"])
-        return place(tree, self.mesh)
+        return place(jax.tree.map(lambda x: x.astype(dtype), tree), self.mesh)
 
     def examples(self, part: str, form: str) -> Any:
         key = ("examples", part, form, self.settings.dataset, self.settings.model.tokenizer)
         return self._once(key, lambda: self.settings.dataset.load(part, form, self.tokenizer))
-
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key in _kept:
@@ -221,7 +220,9 @@ class Experiment:
         """
         wanted, stored = self.cfg.resume is not None, records.stored_config(self.folder)
         if stored is not None and not wanted:
-            raise ConfigError(f"{self.folder} holds a run; resume=auto goes on with it, or choose another hydra.run.dir")
+            raise ConfigError(
+                f"{self.folder} holds a run; resume=auto goes on with it, or choose another hydra.run.dir"
+            )
         if stored is None and self.cfg.resume not in (None, "auto"):
             raise ConfigError(f"resume={self.cfg.resume}: there is no run in this folder")
         if stored is not None:
@@ -258,13 +259,11 @@ class Experiment:
         runtime.reference = s.algorithm.reference.provide(live, every_batch, key) if batches else live
         return runtime
 
-    def prompts(self, limit: int) -> list[Prompt] | None:
-        """The first prompts of the evaluation split, or None where there is none or its rows hold no answer."""
-        dataset = self.settings.dataset
-        if not limit or not dataset.has_eval():
+    def prompts(self, limit: int | None) -> list[Prompt] | None:
+        """The first prompts of the evaluation split (all, without a limit), or None where there is no such split."""
+        if limit == 0 or not self.settings.dataset.has_eval():
             return None
-        found = self.examples("eval", "prompt").prompts[:limit]
-        return found
+        return self.examples("eval", "prompt").prompts[:limit]
 
     def _accuracy_measure(self) -> Callable[[dict], dict[str, float]] | None:
         evaluation = self.settings.evaluation

@@ -41,26 +41,27 @@ def _unknown_choice(error: MissingConfigException) -> str:
 
 
 def _unknown_key(error: ConfigCompositionException) -> str:
-    text = str(error)
+    text = f"{error}\n{error.__cause__ or ''}"
     key = re.search(r"(?:full_key: |Could not override ')([\w.]+)", text)
     if key is None:
         return " ".join(text.split())
     name = re.search(r"full_key: ([\w.]+)", text)
     full = name.group(1) if name else key.group(1)
-    if "not in struct" not in text and "is not in" not in text:
-        return f"{full}: {text.splitlines()[0]}"
+    if "not in struct" not in text:
+        return f"{full}: {' '.join(str(error.__cause__ or error).splitlines()[:1])}"
     parent, _, last = full.rpartition(".")
-    return f"{full}: unknown key{nearest(last, _siblings(parent), f'{parent}.' if parent else '')}"
+    return f"{full}: unknown key{nearest(last, _siblings(parent, full), f'{parent}.' if parent else '')}"
 
 
-def _siblings(parent: str) -> list[str]:
+def _siblings(parent: str, unknown: str) -> list[str]:
     """Names beside an unknown key, from the same command without its single settings (groups stay)."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from rlhf.run import CONF
 
-    groups = [word for word in sys.argv[1:] if re.fullmatch(r"\+?[a-z_]+=[\w./-]+", word)]
+    groups = [word for word in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w./-]+", word)]
+    groups = [word for word in groups if not word.startswith(f"{unknown}=")]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(CONF, version_base="1.3"):

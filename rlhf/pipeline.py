@@ -33,7 +33,9 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
         configs[name] = _compose(name, [*common, *_located(name, words + extra.get(name, []), folder, configs)])
     results = {}
     for number, (name, (stage_cfg, words)) in enumerate(configs.items(), 1):
-        results[name] = _stage(f"{number}/{len(stages)} {name}", stage_cfg, words, folder / name, cfg.resume is not None)
+        results[name] = _stage(
+            f"{number}/{len(stages)} {name}", stage_cfg, words, folder / name, cfg.resume is not None
+        )
     _report(results, folder)
     return {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
 
@@ -70,7 +72,9 @@ def _stage(label: str, cfg: DictConfig, words: list[str], folder: Path, resume: 
         if not resume:
             raise ConfigError(f"{folder} holds a finished stage; resume=auto skips it, or choose another folder")
         if stored["overrides"] != words:
-            raise ConfigError(f"{folder} was made with {stored['overrides']}, now it would be {words}; choose another folder")
+            raise ConfigError(
+                f"{folder} was made with {stored['overrides']}, now it would be {words}; choose another folder"
+            )
         log.info("stage %s: finished before, skipped", label)
         return stored["result"]
     log.info("stage %s: %s", label, " ".join(words))

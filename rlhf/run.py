@@ -61,6 +61,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli() -> None:
     """The console command: `main`, with every mistake of the user told in one message and no traceback."""
+    _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
     sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
     try:

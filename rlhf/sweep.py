@@ -52,5 +52,7 @@ def report() -> None:
         shown = [c for c in _columns(rows) if c not in constant]
         cells = [[row.get(c, "") for c in shown] for row in rows]
         print("\n" + tabulate(cells, shown, floatfmt=".4g", disable_numparse=False))
-        print(f"\n{len(rows)} runs, {sum(r['status'] == 'failed' for r in rows)} failed; table: {folder / 'summary.csv'}")
+        print(
+            f"\n{len(rows)} runs, {sum(r['status'] == 'failed' for r in rows)} failed; table: {folder / 'summary.csv'}"
+        )
     _tables.clear()

@@ -1,6 +1,10 @@
 """Settings that make mistakes loud, and the places of test data."""
 
+import contextlib
+import io
+import logging
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"  # meshes without accelerators
@@ -8,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -23,3 +28,51 @@ def shared() -> Path:
     if not (SHARED / "fixtures").is_dir():
         pytest.skip("needs the folder `shared` beside the checkout (reference numbers and data slices)")
     return SHARED
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """`rlhf` as a user runs it, in this process and a folder of its own: words in, (exit code, output) out."""
+    from rlhf.run import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*words: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["rlhf", *map(str, words), *QUICK_START])
+        printed, code = io.StringIO(), 0
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                cli()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+                print(end.code if isinstance(end.code, str) else "")
+        return Finished(code, printed.getvalue())
+
+    yield run
+    for handler in logging.getLogger().handlers[:]:  # those that Hydra put there write into a closed stream
+        if not type(handler).__module__.startswith("_pytest"):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+class Finished(NamedTuple):
+    code: int
+    output: str
+
+
+# no program cache in the user's home
+QUICK_START = ("hardware.compilation_cache=null",)
+
+# a run of few small steps
+SMALL = (
+    "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16", "model.layers=6",
+    "dataset.n_train=48", "dataset.n_eval=16", "trainer.eval_rows=8", "evaluation.rows=4", "evaluation.max_new_tokens=4",
+    "algorithm.batch_size=4", "algorithm.microbatch_size=4", "trainer.max_steps=2",
+)  # fmt: skip
+
+
+@pytest.fixture
+def small() -> tuple[str, ...]:
+    """Overrides for a run of two small steps on the embedded data."""
+    return SMALL

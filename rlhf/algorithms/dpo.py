@@ -62,8 +62,8 @@ class DPO(Algorithm):
             )
         if self.preference.needs_reward_shift and not self.reference.is_used:
             raise ConfigError(
-                f"algorithm.reference=NoReference: algorithm.preference={name} compares rewards with their running mean, "
-                "which is measured against a reference; use rlhf.algorithms.reference.Frozen or shifted: false"
+                f"algorithm.reference=NoReference: algorithm.preference={name} compares rewards with a running mean "
+                "against a reference; use rlhf.algorithms.reference.Frozen or shifted: false"
             )
         if not self.preference.uses_reference and self.reference.is_used:
             raise ConfigError(

@@ -6,6 +6,7 @@ each form draws its own problems. Rows look like those of GSM8K (problems), No R
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -28,21 +29,17 @@ _KIND_OF_ROW: dict[Form, str] = {
 _RATINGS: dict[Fault, int] = {"wrong_step": 1, "wrong_number": 1, "missing_format": 2, "rambling": 3}
 
 
-def draw_chains(split: Split, n_rows: int, seed: int, purpose: str) -> list[Chain]:
-    """`n_rows` chains of a split; all of one kind are used before one comes again.
+def draw_chains(split: Split, seed: int, purpose: str) -> Iterator[Chain]:
+    """Chains of a split without end; all of one kind are used before one comes again.
 
     purpose: the kind of rows they are for; each has its own draw.
     """
     rng = random.Random(f"{seed} {split} {purpose}")
     pools = {kind: sorted(found, key=lambda _: rng.random()) for kind, found in chains()[split].items()}
     kinds = [kind for kind, weight in KINDS.items() for _ in range(weight)]
-    used = dict.fromkeys(KINDS, 0)
-    drawn = []
-    for _ in range(n_rows):
-        kind = pick(rng, kinds)
-        drawn.append(pools[kind][used[kind] % len(pools[kind])])
-        used[kind] += 1
-    return drawn
+    endless = {kind: itertools.cycle(pool) for kind, pool in pools.items()}
+    while True:
+        yield next(endless[pick(rng, kinds)])
 
 
 def problems(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -50,7 +47,7 @@ def problems(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(f"{seed} {split} problems in words")
     return [
         {"question": tell(chain, rng).question, "answer": solve(chain.steps)}
-        for chain in draw_chains(split, n_rows, seed, "problems")
+        for chain in itertools.islice(draw_chains(split, seed, "problems"), n_rows)
     ]
 
 
@@ -61,7 +58,7 @@ def conversations(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, An
     """
     rng = random.Random(f"{seed} {split} conversations in words")
     rows = []
-    for chain in draw_chains(split, n_rows, seed, "conversations"):
+    for chain in itertools.islice(draw_chains(split, seed, "conversations"), n_rows):
         story, draw = tell(chain, rng), rng.random()
         messages = _two_turns(chain, story) if draw < 0.1 else _one_turn(chain, story)
         category = "Chat" if draw < 0.1 else "Reasoning"
@@ -74,14 +71,15 @@ def conversations(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, An
 def preferences(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows with the columns of Capybara-DPO: the right answer against one with a fault.
 
-    `rejected_model` names the fault (see `stories.spoil`), `source` the chain.
+    `rejected_model` names the fault (see `stories.spoil`), `source` the chain. Each fault is as frequent as the others.
     """
     rng = random.Random(f"{seed} {split} preferences in words")
+    drawn = draw_chains(split, seed, "preferences")
     rows = []
-    for chain in draw_chains(split, n_rows, seed, "preferences"):
-        question, answer = tell(chain, rng).question, solve(chain.steps)
-        fault, spoilt = _spoilt(chain, rng)
-        rows.append(_preference_row(chain, question, answer, fault, spoilt))
+    for _ in range(n_rows):
+        fault = pick(rng, FAULTS)
+        chain, spoilt = _spoilt(drawn, fault, rng)
+        rows.append(_preference_row(chain, tell(chain, rng).question, solve(chain.steps), fault, spoilt))
     return rows
 
 
@@ -142,12 +140,13 @@ def _with_prompt(prompt: str, messages: list[dict[str, str]], category: str) -> 
     return {"prompt": prompt, "prompt_id": identity, "messages": messages, "category": category}
 
 
-def _spoilt(chain: Chain, rng: random.Random) -> tuple[Fault, str]:
+def _spoilt(drawn: Iterator[Chain], fault: Fault, rng: random.Random) -> tuple[Chain, str]:
+    """The next chain that can have the fault, and the answer with it."""
     while True:
-        fault = pick(rng, FAULTS)
+        chain = next(drawn)
         text = spoil(chain, fault, rng)
         if text is not None:
-            return fault, text
+            return chain, text
 
 
 def _preference_row(chain: Chain, question: str, answer: str, fault: Fault, spoilt: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ a test problem occurs in no training row whatever the wording. a + b and b + a c
 import functools
 import hashlib
 import itertools
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Split = Literal["train", "validation", "test"]
@@ -50,12 +51,16 @@ class Chain(NamedTuple):
     @property
     def canonical(self) -> str:
         """The chain as text, with the operands of a sum or product in order."""
-        middle = calculate(self.first, self.signs[0], self.second)
-        return f"{_ordered(self.first, self.signs[0], self.second)} {_ordered(middle, self.signs[1], self.third)}"
+        return canonical(self.steps)
 
 
 def calculate(left: int, sign: str, right: int) -> int:
     return left + right if sign == "+" else left - right if sign == "-" else left * right
+
+
+def canonical(steps: Iterable[Step]) -> str:
+    """The operations and operands of the steps as text, whatever their results."""
+    return " ".join(_ordered(step.left, step.sign, step.right) for step in steps)
 
 
 def _ordered(left: int, sign: str, right: int) -> str:
@@ -69,8 +74,14 @@ def split_of(chain: Chain) -> Split:
 
 
 @functools.cache
+def splits_by_chain() -> dict[str, Split]:
+    """The split of every chain, by its canonical text."""
+    return {chain.canonical: split for split, kinds in chains().items() for found in kinds.values() for chain in found}
+
+
+@functools.cache
 def chains() -> dict[Split, dict[str, list[Chain]]]:
-    """Every chain, by split and kind, in a fixed order: 4,373 in all.
+    """Every chain, by split and kind, in a fixed order: 4,373 in all, 3,857 but for the order of operands.
 
     The first operand is 2 to 20 (2 to 5 in a product), the others 2 to 9, all results 1 to 99.
     """

@@ -176,7 +176,7 @@ def _hub_errors(name: str, subset: str | None, split: str) -> Iterator[None]:
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(f"{where}: no such set, or it is gated and there is no access to it: {error}") from error
     except ValueError as error:  # an unknown split or subset: the message lists those that exist
-        raise DataError(f"{where}: {error}{_nearest(str(error), split, subset)}") from error
+        raise DataError(f"{where}: {str(error).rstrip('.')}{_nearest(str(error), split, subset)}") from error
     except Exception as error:  # of the classes of three network libraries; none can be put right here
         reason = error.__cause__ or error
         instead = "dataset.path=FOLDER reads local files instead"

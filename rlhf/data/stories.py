@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from rlhf.data.chains import LARGEST, Chain, Step, calculate, split_of
+from rlhf.data.chains import LARGEST, Chain, Step, calculate, canonical, split_of, splits_by_chain
 
 Fault = Literal["wrong_step", "wrong_number", "missing_format", "rambling"]
 FAULTS: tuple[Fault, ...] = ("wrong_step", "wrong_number", "missing_format", "rambling")
@@ -74,6 +74,8 @@ def spoil(chain: Chain, fault: Fault, rng: random.Random) -> str | None:
     wrong_number: one result is off by 1, 2, 3 or 10; the rest follows from it, to another result.
     missing_format: the steps and the result are right, the line `#### result` is absent.
     rambling: the steps, the result and the format are right, with a repeated step and empty talk around them.
+
+    The wrong steps, too, are no chain of another split.
     """
     if fault == "wrong_step":
         return _take_wrong_step(chain, rng)
@@ -109,4 +111,6 @@ def _miscalculate(chain: Chain, rng: random.Random) -> str | None:
         steps = (first._replace(result=middle), Step(middle, last.sign, last.right, end))
     else:
         steps = (first, last._replace(result=last.result + slip))
-    return solve(steps) if all(0 < step.result <= LARGEST for step in steps) else None
+    is_possible = all(0 < step.result <= LARGEST for step in steps)
+    is_own = splits_by_chain().get(canonical(steps), split_of(chain)) == split_of(chain)
+    return solve(steps) if is_possible and is_own else None

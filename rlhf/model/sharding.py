@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf.errors import ConfigError
@@ -61,22 +62,33 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, spec(path, x.shape, mesh)), tree)
 
 
+def with_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shapes that say where their arrays go."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh)
+    )
+
+
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """Put every array where its rule says; matrices that can't be split are named in the log."""
     if mesh is None:
         return tree
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         rule = RULES.get(jax.tree_util.keystr(path[-1:], simple=True), ())
-        missed = [a for a, b in zip(rule, spec(path, x.shape, mesh), strict=False) if a != b and mesh.shape[a or ""] > 1]
+        missed = [
+            a for a, b in zip(rule, spec(path, x.shape, mesh), strict=False) if a != b and mesh.shape[a or ""] > 1
+        ]
         if missed and math.prod(x.shape) > 1_000_000:
-            log.warning("%s %s can't be split over %s", jax.tree_util.keystr(path), x.shape, ", ".join(map(str, missed)))
+            log.warning(
+                "%s %s can't be split over %s", jax.tree_util.keystr(path), x.shape, ", ".join(map(str, missed))
+            )
     return jax.device_put(tree, shardings(tree, mesh))
 
 
 def place_rows(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """Split every array of a batch by rows; scalars are on every device."""
+    """A batch on the devices: every array split by rows, scalars on each."""
     if mesh is None:
-        return batch
+        return {name: jnp.asarray(x) for name, x in batch.items()}
 
     def of(x):
         return NamedSharding(mesh, PartitionSpec(("data", "fsdp")) if x.ndim else PartitionSpec())

@@ -21,7 +21,7 @@ _Z = 1.959964  # two-sided 95 % of the normal distribution
 class Evaluation:
     """How answers are generated and read.
 
-    rows: only the first so many prompts; none takes all.
+    rows: only the first so many prompts; none takes all, and with 0 a training run evaluates nothing this way.
     max_new_tokens: a longer answer is cut, and counted in `truncated`.
     batch_size: prompts that are decoded together.
     method: how tokens are chosen.
@@ -37,7 +37,8 @@ class Evaluation:
     marker: str = MARKER
 
     def __post_init__(self):
-        for name in ("rows", "max_new_tokens", "batch_size"):
+        require_range(self, "rows", at_least=0)
+        for name in ("max_new_tokens", "batch_size"):
             require_range(self, name, at_least=1)
         if not self.marker.strip():
             raise ConfigError("marker of Evaluation must not be blank")

@@ -38,7 +38,9 @@ class Evaluate:
         """
         result = self._answers(experiment) | self._metrics(experiment)
         if not result:
-            raise ConfigError("nothing to evaluate: the dataset has no evaluation split with answers or with rows to score")
+            raise ConfigError(
+                "nothing to evaluate: the dataset has no evaluation split with answers or with rows to score"
+            )
         result |= {"checkpoint": experiment.settings.model.checkpoint, "parameters": experiment.model.n_parameters()}
         path = experiment.folder / "evaluation.json"
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")

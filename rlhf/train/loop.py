@@ -10,13 +10,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf.errors import TrainingError
-from rlhf.model.sharding import place_rows
+from rlhf.model.sharding import place_rows, with_shardings
 from rlhf.train import guard
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_metrics, read_metrics
@@ -27,6 +28,7 @@ from rlhf.train.update import initial_state, measure, measure_all, update
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Training data by position: batch k of a run is the same whenever it is asked for."""
 
@@ -84,7 +86,7 @@ class Trainer:
         a = job.algorithm
         self.n_steps = job.settings.n_steps(job.batches.n_rows, a.batch_size)
         # A Python float and a float32 scalar would be two programs: convert once.
-        self.algorithm = jax.tree.map(lambda x: np.float32(x) if isinstance(x, int | float) else x, a)
+        self.algorithm = jax.tree.map(lambda x: jnp.float32(x) if isinstance(x, int | float) else x, a)
         self.update = update.__wrapped__ if job.settings.eager else update
         self.measure = measure.__wrapped__ if job.settings.eager else measure
         self.checkpoints = Checkpoints(job.folder / "checkpoints", job.settings.max_to_keep)
@@ -101,6 +103,8 @@ class Trainer:
             log.info("no checkpoint in %s yet: starting at step 0", self.checkpoints.folder)
             return 0
         memory = self.checkpoints.abstract("memory")
+        if self.job.mesh is not None:
+            memory = with_shardings(memory, self.job.mesh)
         target = {**self.state, "memory": memory}
         tree, record = self.checkpoints.restore(target, allow_older=self.job.settings.allow_older_checkpoint)
         if record["data"] != self.job.batches.fingerprint:
@@ -162,7 +166,7 @@ class Trainer:
         batch = job.batches[step]
         rows = batch["row"]
         batch = algorithm.prepare(job.runtime, self.params, place_rows(batch, job.mesh), key)
-        n_updates = np.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
+        n_updates = jnp.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
         metrics = []
         for part in _minibatches(batch, algorithm, jax.random.fold_in(key, 1)):
             part = place_rows(part, job.mesh)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf.train.guard import TraceCounter
+
 Tree = Any
 
 
@@ -60,6 +62,7 @@ def loss_and_gradient(trainable: Tree, frozen: Tree, batch: Tree, algorithm: Any
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+@TraceCounter  # says in the log why it is compiled again
 def update(state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any) -> tuple[Tree, Tree]:
     """One optimizer step of `n_updates` in all; returns the new state and the step's metrics.
 
@@ -67,7 +70,7 @@ def update(state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: An
     the loop decides whether the run goes on.
     """
     metrics, gradient = loss_and_gradient(state["params"], frozen, batch, algorithm, model)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     scale = jnp.minimum(1.0, algorithm.clip_norm / jnp.maximum(norm, 1e-30))
     gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)

@@ -45,7 +45,7 @@ BATCH = random_batch(5, (8, 2, 12))
         ({"preference": OddsRatio()}, "algorithm.reference=Frozen has no effect on algorithm.preference=OddsRatio"),
         (
             {"preference": BCO(), "reference": NoReference()},
-            "algorithm.reference=NoReference: algorithm.preference=BCO compares rewards with their running mean",
+            "algorithm.reference=NoReference: algorithm.preference=BCO compares rewards with a running mean",
         ),
         ({"beta": 0.0}, "beta=0.0 of DPO must be above 0"),
         ({"sft_weight": -1.0}, "sft_weight=-1.0 of DPO must be at least 0"),

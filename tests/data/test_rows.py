@@ -100,7 +100,10 @@ def test_preference_with_a_prompt_column(prompt, whole):
             {"chosen": [user("q"), assistant("a"), user("r"), assistant("c")], "rejected": [user("q"), assistant("b")]},
             "differ before the last answer, at turn 2",
         ),
-        ({"chosen": "a", "rejected": "b"}, r"is text without '\\n\\nHuman:' turns, and no column is named as the prompt"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            r"is text without '\\n\\nHuman:' turns, and no column is named as the prompt",
+        ),
         ({"chosen": [user("q"), assistant("a")]}, "there is no column 'rejected'"),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("q")]}, "column 'rejected' ends with a user turn"),
         (

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from rlhf.data.sources import find_files, read_files
+from rlhf.data.sources import find_files, read_files, read_hub
 from rlhf.errors import DataError
 
 
@@ -62,55 +64,16 @@ def test_what_is_not_there(folder, path, split, reason):
 
 
 def test_lists_without_sense(folder):
-    with pytest.raises(DataError, match="dataset.path is an empty list"):
+    with pytest.raises(DataError, match=r"dataset.path is an empty list"):
         find_files((), "train")
     with pytest.raises(DataError, match=r"dataset.path names .*test\.jsonl twice"):
         find_files((str(folder / "test.jsonl"), str(folder / "t*.jsonl")), "train")
 
 
-def run_in_own_process(code: str, **environment: str) -> dict:
-    """`datasets` reads its settings when it is imported, and warns while it does."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-PARQUET = """
-import json, sys
-import pyarrow, pyarrow.parquet
-from pathlib import Path
-from rlhf.data.sources import read_files
-from rlhf.errors import DataError
-
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else {folder!r})
-messages = [[dict(role="user", content="q"), dict(role="assistant", content=f"a{{i}}")] for i in range(3)]
-pyarrow.parquet.write_table(pyarrow.table(dict(messages=messages, n=[1.5, None, 2.0])), folder / "train.parquet")
-(folder / "bad.parquet").write_bytes(b"PAR1 nothing")
-rows = [(row.place, row.fields) for row in read_files((folder / "train.parquet",))]
-try:
-    list(read_files((folder / "bad.parquet",)))
-except DataError as error:
-    problem = str(error)
-print(json.dumps(dict(rows=rows, problem=problem)))
-"""
-
-
-def test_parquet(tmp_path):
-    found = run_in_own_process(PARQUET.format(folder=str(tmp_path)), HF_HOME=str(tmp_path / "cache"))
-    assert found["rows"][1] == [
-        f"{tmp_path}/train.parquet row 1",
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a1"}], "n": None},
-    ]
-    assert len(found["rows"]) == 3
-    assert found["problem"].startswith(f"{tmp_path}/bad.parquet can't be read as parquet: ")
-
-
 class _Hub(BaseHTTPRequestHandler):
     """As much of the hub's interface as reading a set of two jsonl files takes."""
 
-    files = {
+    files: ClassVar = {
         "train.jsonl": b'{"question": "1+1?", "answer": "#### 2"}\n{"question": "1+2?", "answer": "#### 3"}\n',
         "test.jsonl": b'{"question": "2+2?", "answer": "#### 4"}\n',
     }
@@ -120,8 +83,12 @@ class _Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path.startswith("/api/datasets/someone/sums"):
             self._api(path, with_body)
-        elif path.startswith(f"/datasets/someone/sums/resolve/{self.commit}/") and path.split("/")[-1] in self.files:
-            self._send(self.files[path.split("/")[-1]], "application/octet-stream", with_body)
+        elif path.startswith("/datasets/someone/sums/resolve/"):
+            data = self.files.get(path.split("/")[-1])
+            if data is None:
+                self._send(b"", "text/plain", with_body, 404, "EntryNotFound")
+            else:
+                self._send(data, "application/octet-stream", with_body)
         else:
             self._send(b'{"error": "Repository not found"}', "application/json", with_body, 404, "RepoNotFound")
 
@@ -130,7 +97,12 @@ class _Hub(BaseHTTPRequestHandler):
             {"type": "file", "path": name, "size": len(data), "oid": f"{number:040d}"}
             for number, (name, data) in enumerate(self.files.items())
         ]
-        info = {"id": "someone/sums", "sha": self.commit, "tags": [], "siblings": [{"rfilename": n} for n in self.files]}
+        info = {
+            "id": "someone/sums",
+            "sha": self.commit,
+            "tags": [],
+            "siblings": [{"rfilename": n} for n in self.files],
+        }
         if "/tree/" in path:
             body: object = tree
         elif "/paths-info/" in path:
@@ -166,15 +138,20 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-HUB = """
-import json
+CODE = """
+import json, sys
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow, pyarrow.parquet
 from rlhf.data.dataset import Table
 from rlhf.data.rows import Questions
+from rlhf.data.sources import read_files
 from rlhf.errors import DataError
 
-def problem(**settings):
+def problem(read, *args):
     try:
-        list(table(**settings).examples("eval", "prompt"))
+        list(read(*args))
     except DataError as error:
         return str(error)
 
@@ -182,37 +159,68 @@ def table(hub="someone/sums", **settings):
     rows = Questions(answer="answer", answer_pattern="#### (.*)")
     return Table(rows=rows, hub=hub, max_length=64, **settings)
 
-found = [(source.place, example.reference) for source, example in table().examples("train", "prompt")]
+folder = Path(sys.argv[1])
+messages = [[dict(role="user", content="q"), dict(role="assistant", content=f"a{i}")] for i in range(3)]
+pyarrow.parquet.write_table(pyarrow.table(dict(messages=messages, n=[1.5, None, 2.0])), folder / "train.parquet")
+(folder / "bad.parquet").write_bytes(b"PAR1 nothing")
 print(json.dumps(dict(
-    train=found,
+    parquet=[(row.place, row.fields) for row in read_files((folder / "train.parquet",))],
+    bad=problem(read_files, (folder / "bad.parquet",)),
+    train=[(source.place, example.reference) for source, example in table().examples("train", "prompt")],
     held_out=[table(holdout=0.5).held_out(), table(holdout=0.5, eval_split="dev").held_out()],
-    split=problem(eval_split="tset"),
-    name=problem(hub="someone/nothing"),
+    split=problem(table(eval_split="tset").examples, "eval", "prompt"),
+    name=problem(table(hub="someone/nothing").examples, "eval", "prompt"),
 )))
 """
 
 
-def test_a_set_on_the_hub(tmp_path):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What `datasets` gives, in a process of its own: it reads its settings, and warns, when it is imported."""
+    folder = tmp_path_factory.mktemp("own_process")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    found = run_in_own_process(
-        HUB,
-        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-        HF_HOME=str(tmp_path),
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_DISABLE_XET="1",
-    )
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "cache")}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", CODE, str(folder)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=240)
     server.shutdown()
     server.server_close()
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "folder": folder}
+
+
+def test_parquet(found):
+    assert len(found["parquet"]) == 3
+    assert found["parquet"][1] == [
+        f"{found['folder']}/train.parquet row 1",
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a1"}], "n": None},
+    ]
+    assert found["bad"].startswith(f"{found['folder']}/bad.parquet can't be read as parquet: ")
+
+
+def test_a_set_on_the_hub(found):
     assert found["train"] == [["someone/sums train row 0", "2"], ["someone/sums train row 1", "3"]]
     assert found["held_out"] == [0.0, 0.5]  # the set has a split `test`, but none named `dev`
-    assert found["split"].startswith('dataset.hub=someone/sums: Unknown split "tset"')
-    assert found["split"].endswith("did you mean 'test'?")
-    assert found["name"].startswith("dataset.hub=someone/nothing: no such set, or it is gated")
+    assert found["split"] == (
+        "dataset.hub=someone/sums: Unknown split \"tset\". Should be one of ['train', 'test']; did you mean 'test'?"
+    )
+    assert found["name"].startswith("dataset.hub=someone/nothing: no such set, or it is gated and there is no access")
 
 
-def test_no_connection(tmp_path):
-    code = HUB.replace("found = ", "print(json.dumps(problem())); raise SystemExit\nfound = ")
-    found = run_in_own_process(code, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET="1")
-    assert str(found).startswith("dataset.hub=someone/sums")
-    assert "dataset.path=FOLDER reads local files instead" in str(found)
+def test_no_connection(monkeypatch):
+    class NotFoundError(Exception):
+        pass
+
+    def load_dataset(*args, **settings):
+        raise OSError("no route to host")
+
+    exceptions = types.SimpleNamespace(DatasetNotFoundError=NotFoundError)
+    library = types.SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    reason = (
+        "dataset.hub=a/b, dataset.hub_subset=main can't be read: OSError: no route to host; "
+        "dataset.path=FOLDER reads local files instead"
+    )
+    with pytest.raises(DataError, match=reason):
+        next(read_hub("a/b", "main", None, "train"))

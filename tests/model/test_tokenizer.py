@@ -77,7 +77,24 @@ def test_digits_are_split_and_nothing_is_put_in_front(tokenizer):
 
 def test_any_text_comes_back(tokenizer):
     rng = random.Random(0)
-    alphabet = ["a", "Zebra", " ", "  ", "\n", "\t", "\r\n", "é", "ß", "日本", "😀", "\u2028", "\u200b", "\ufeff", "\0", "<"]
+    alphabet = [
+        "a",
+        "Zebra",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "é",
+        "ß",
+        "日本",
+        "😀",
+        "\u2028",
+        "\u200b",
+        "\ufeff",
+        "\0",
+        "<",
+    ]
     alphabet += [">", "</b>", "9", "![x](y)", "\ufffd", "﷽", "<end_of_turn>", "<unused3>", "[multimodal]", "\x7f"]
     for _ in range(2000):
         text = "".join(rng.choices(alphabet, k=rng.randrange(12)))
@@ -102,7 +119,9 @@ def test_a_lone_surrogate_is_refused(tokenizer):
 
 
 def test_wrong_files_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no tokenizer at .*: expected a SentencePiece file named tokenizer\.model"):
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer at .*: expected a SentencePiece file named tokenizer\.model"
+    ):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="is no SentencePiece model"):

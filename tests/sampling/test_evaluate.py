@@ -137,10 +137,10 @@ def test_references_are_checked_before_anything_runs(parts):
         evaluate_prompts(*parts, [], Evaluation())
 
 
-@pytest.mark.parametrize("name", ["rows", "max_new_tokens", "batch_size"])
-def test_settings_out_of_range_are_refused(name):
-    with pytest.raises(ConfigError, match=f"{name}=0 of Evaluation must be at least 1"):
-        Evaluation(**{name: 0})
+@pytest.mark.parametrize(("name", "least"), [("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)])
+def test_settings_out_of_range_are_refused(name, least):
+    with pytest.raises(ConfigError, match=f"{name}={least - 1} of Evaluation must be at least {least}"):
+        Evaluation(**{name: least - 1})
 
 
 def test_a_blank_marker_is_refused():
