@@ -22,15 +22,16 @@ from rlhf import records
 from rlhf.algorithms.base import Algorithm, Runtime
 from rlhf.algorithms.reference import LiveReference, without_adapter
 from rlhf.data.batches import Batches, collate, eval_batches
-from rlhf.data.dataset import Dataset
-from rlhf.data.encode import Prompt
+from rlhf.data.dataset import Dataset, Part
+from rlhf.data.encode import Examples, Prompt
+from rlhf.data.examples import Form
 from rlhf.errors import ConfigError
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.settings import ModelSettings
 from rlhf.model.sharding import place, place_rows
 from rlhf.model.tokenizer import Tokenizer
-from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
 from rlhf.sampling.completions import sample_rows
+from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
 from rlhf.train.checkpoint import load_parameters, parameters_digest, read_record
 from rlhf.train.hardware import Hardware
 from rlhf.train.loop import Job
@@ -162,7 +163,7 @@ class Experiment:
         log.info("parameters: %s, step %s", checkpoint, record["step"])
         return place(jax.tree.map(lambda x: x.astype(dtype), tree), self.mesh)
 
-    def examples(self, part: str, form: str) -> Any:
+    def examples(self, part: Part, form: Form) -> Examples:
         key = ("examples", part, form, self.settings.dataset, self.settings.model.tokenizer)
         return self._once(key, lambda: self.settings.dataset.load(part, form, self.tokenizer))
 
@@ -178,10 +179,8 @@ class Experiment:
     def reference_key(self) -> dict[str, str]:
         """What reference log-probabilities depend on besides the rows, as text."""
         m = self.settings.model
-        if m.checkpoint is None:
-            start = f"random, seed {self.settings.seed}"
-        else:
-            start = parameters_digest(Path(m.checkpoint))
+        random = f"random, seed {self.settings.seed}"
+        start = random if m.checkpoint is None else parameters_digest(Path(m.checkpoint))
         return {"model": f"{m.architecture()} {self.settings.hardware.compute_dtype}", "parameters": start}
 
     def training_job(self) -> Job:
@@ -248,15 +247,19 @@ class Experiment:
         place_inputs = functools.partial(place_rows, mesh=self.mesh)
         live = LiveReference(self.model, without_adapter(start), s.algorithm.microbatch_size, place_inputs)
 
+        if batches is None:
+            runtime.reference = live
+            return runtime
+
         def every_batch():
             size = s.algorithm.batch_size
-            for at in range(0, batches.n_rows if batches else 0, size):
+            for at in range(0, batches.n_rows, size):
                 yield collate(batches.examples, range(at, min(at + size, batches.n_rows)))
             if held_out is not None:
                 yield held_out
 
-        key = {**self.reference_key, "data": batches.fingerprint if batches else "held-out rows"}
-        runtime.reference = s.algorithm.reference.provide(live, every_batch, key) if batches else live
+        key = {**self.reference_key, "data": batches.fingerprint}
+        runtime.reference = s.algorithm.provide_reference(live, every_batch, key)
         return runtime
 
     def prompts(self, limit: int | None) -> list[Prompt] | None:

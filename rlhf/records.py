@@ -89,7 +89,7 @@ def summary(job: Any) -> list[str]:
     n_steps = job.settings.n_steps(job.batches.n_rows, job.algorithm.batch_size)
     return [
         batch_arithmetic(job.algorithm, job.batches.n_rows, n_steps),
-        f"model: {trained + fixed:,} parameters, {trained:,} trained ({share:.0%}); computing in {job.model.compute_dtype}",
+        f"model: {trained + fixed:,} parameters, {trained:,} trained ({share:.0%}); in {job.model.compute_dtype}",
         f"devices: {used} of {len(devices)} × {devices[0].device_kind} ({devices[0].platform}){shape}",
         f"folder: {job.folder}",
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import messages, sweep
@@ -41,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     """One job: the only one of a run, or one of a sweep."""
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
-    is_sweep = job.mode.name == "MULTIRUN"
+    is_sweep = job.mode == RunMode.MULTIRUN
     try:
         from rlhf import tasks  # jax is imported here, after Hydra has set the environment
 

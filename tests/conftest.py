@@ -67,8 +67,8 @@ QUICK_START = ("hardware.compilation_cache=null",)
 # a run of few small steps
 SMALL = (
     "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16", "model.layers=6",
-    "dataset.n_train=48", "dataset.n_eval=16", "trainer.eval_rows=8", "evaluation.rows=4", "evaluation.max_new_tokens=4",
-    "algorithm.batch_size=4", "algorithm.microbatch_size=4", "trainer.max_steps=2",
+    "dataset.n_train=48", "dataset.n_eval=16", "trainer.eval_rows=8", "evaluation.rows=4",
+    "evaluation.max_new_tokens=4", "algorithm.batch_size=4", "algorithm.microbatch_size=4", "trainer.max_steps=2",
 )  # fmt: skip
 
 

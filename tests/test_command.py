@@ -19,7 +19,7 @@ import pytest
         (["seed=x"], "seed='x' must be an integer"),
         (
             ["algorithm.batch_size=10", "algorithm.microbatch_size=4"],
-            "algorithm.microbatch_size=4 must divide the 10 rows of an optimizer step (batch_size 10 / minibatches 1); try 2",
+            "microbatch_size=4 must divide the 10 rows of an optimizer step (batch_size 10 / minibatches 1); try 2",
         ),
         (["hardware.mesh.fsdp=3"], "algorithm.microbatch_size=8 must be a multiple of the 3 parts"),
         (["hardware.compute_dtype=float16"], "hardware.compute_dtype=float16: Gemma 3's activations"),

@@ -11,7 +11,7 @@ A batch is a dict of arrays whose first axis is rows (pairs, for preferences). I
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Array, Float
@@ -86,6 +86,10 @@ class Algorithm:
     def needs_reference(self) -> bool:
         """Whether `prepare` asks `runtime.reference` for log-probabilities; if not, none is loaded."""
         return False
+
+    def provide_reference(self, live: Any, batches: Callable, key: Mapping[str, str]) -> Any:
+        """What `runtime.reference` becomes, given the reference with its weights (see `rlhf.algorithms.reference`)."""
+        return live
 
     @property
     def needs_reward(self) -> bool:

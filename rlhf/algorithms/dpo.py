@@ -75,6 +75,9 @@ class DPO(Algorithm):
     def needs_reference(self):
         return self.reference.is_used
 
+    def provide_reference(self, live, batches, key):
+        return self.reference.provide(live, batches, key)
+
     @property
     def needs_whole_batch(self):
         return self.preference.needs_whole_batch

@@ -56,6 +56,9 @@ class KTO(Algorithm):
     def needs_reference(self):
         return True
 
+    def provide_reference(self, live, batches, key):
+        return self.reference.provide(live, batches, key)
+
     def prepare(self, runtime, params, batch, key):
         """Adds the reference's log-probabilities, the KL estimate, and each row's share in the means over its kind."""
         mismatched = {name.removeprefix("kl_"): batch[name] for name in batch if name.startswith("kl_")}

@@ -59,6 +59,8 @@ class Batches:
     """Random access to the batches of a run: `batches[k]` is the k-th, whatever was read before.
 
     batch_size: rows of each (pairs, for preferences; packed rows, where they are packed).
+    n_rows: rows of an epoch.
+    fingerprint: of the rows; with the seed and a step it says what a batch holds.
 
     Raises:
         ConfigError: unpaired rows in batches of one, which leave no other answer for the KL estimate.
@@ -68,16 +70,9 @@ class Batches:
         if examples.form == "unpaired" and batch_size < 2:
             raise ConfigError("algorithm.batch_size=1 must be at least 2: the KL estimate needs another row's answer")
         self.examples = examples
-        self.order = Order(len(examples.packs), batch_size, seed)
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of an epoch: examples, or packs of them."""
-        return self.order.n_rows
-
-    @property
-    def fingerprint(self) -> str:
-        return self.examples.fingerprint
+        self.n_rows = len(examples.packs)
+        self.fingerprint = examples.fingerprint
+        self.order = Order(self.n_rows, batch_size, seed)
 
     def __getitem__(self, step: int) -> Batch:
         return collate(self.examples, self.order.rows(step))

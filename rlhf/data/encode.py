@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +19,7 @@ from rlhf.model.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 ROUND_TO = 32  # the time axis is a multiple of this, so that one shape serves a run
+CHUNK = 8192  # examples whose ids are Python integers at the same time, each nine times the size of an array's
 
 
 @runtime_checkable
@@ -108,15 +109,10 @@ def encode(
         DataError: an example longer than max_length (if that is an error), or none left.
     """
     template = ChatTemplate(tokenizer)
-    lists = [_conversations(example) for _, example in found]
-    is_open = form == "prompt"
-    flat = template.render([messages for group in lists for messages in group], opens_answer=is_open)
-    rendered = iter(flat)
     kept: list[tuple[Source, Example]] = []
     rows: list[tuple[TokenRow, ...]] = []
     n_dropped = n_truncated = 0
-    for (source, example), group in zip(found, lists, strict=True):
-        whole = [next(rendered) for _ in group]
+    for (source, example), group, whole in _rendered(found, template, form):
         longest = max(len(one.tokens) for one in whole)
         if longest > settings.max_length:
             if settings.on_long == "drop":
@@ -125,7 +121,7 @@ def encode(
             if settings.on_long == "error":
                 raise DataError(_too_long(source.place, longest, settings.max_length))
             n_truncated += 1
-            whole = shorten(template, group, settings.max_length, is_open)
+            whole = shorten(template, group, settings.max_length, is_open=form == "prompt")
         kept.append((source, example))
         rows.append(tuple(_token_row(one, form, settings.loss_on) for one in whole))
     if not rows:
@@ -136,6 +132,20 @@ def encode(
     examples = _assemble(kept, rows, form, tokenizer, settings, (n_dropped, n_truncated))
     _report(examples, settings, name)
     return examples
+
+
+def _rendered(
+    found: Sequence[tuple[Source, Example]], template: ChatTemplate, form: Form
+) -> Iterator[tuple[tuple[Source, Example], list[tuple[Message, ...]], list[Rendered]]]:
+    """Each example with the messages of its token rows, and those in tokens; rendered some thousands at a time."""
+    for start in range(0, len(found), CHUNK):
+        chunk = found[start : start + CHUNK]
+        groups = [_conversations(example) for _, example in chunk]
+        flat = iter(
+            template.render([messages for group in groups for messages in group], opens_answer=form == "prompt")
+        )
+        for pair, group in zip(chunk, groups, strict=True):
+            yield pair, group, [next(flat) for _ in group]
 
 
 def _conversations(example: Example) -> list[tuple[Message, ...]]:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,8 @@ class Gemma3:
     """
 
     architecture: Architecture
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "block"] = "none"
+    compute_dtype: str = "float32"
+    remat: str = "none"
     scan_layers: bool = True
 
     def initialise(self, key: Array, dtype: str = "float32") -> Tree:

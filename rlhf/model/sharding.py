@@ -1,7 +1,8 @@
 """Where arrays live: one table of rules from parameter names to mesh axes.
 
-Axes of the mesh: `data` (rows of the batch), `fsdp` (rows too, and a slice of every matrix), `tensor` (heads, feed-forward
-columns and vocabulary). An axis that does not divide a dimension is left out of that dimension, and `place` says so.
+Axes of the mesh: `data` (rows of the batch), `fsdp` (rows too, and a slice of every matrix), `tensor` (heads,
+feed-forward columns and vocabulary). An axis that does not divide a dimension is left out of that dimension, and
+`place` says so.
 """
 
 import logging
@@ -48,7 +49,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh | None:
 
 
 def spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rule for one array. Arrays without a rule, and optimizer state of another shape, are on every device whole."""
+    """The rule for one array. Arrays without one, and optimizer state of another shape, are on every device whole."""
     name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
     rule = RULES.get(name)
     if rule is None or len(rule) != len(shape):

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules as values; optax does the work.
 
-Their numbers may be traced, so a sweep over them compiles once. `transform(learning_rate)` is called inside the compiled
-step; the state it builds has the same structure for every learning rate.
+Their numbers may be traced, so a sweep over them compiles once. `transform(learning_rate)` is called inside the
+compiled step; the state it builds has the same structure for every learning rate.
 """
 
 from abc import abstractmethod

@@ -1,6 +1,5 @@
 """What one command does with a composed config; a task is one file here and one yaml in conf/task."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], keep: bool = False)
     overrides: those the user gave; a pipeline hands them to its stages.
     keep: other runs of this process may want the same weights and data: keep them.
     """
-    from rlhf import build, pipeline
+    from rlhf import pipeline
+    from rlhf.build import Experiment, task
 
     if cfg.pipeline is not None:
         return pipeline.run(cfg, folder, overrides)
-    return build.task(cfg)(build.Experiment(cfg, folder, keep))
-
-
-def require_new(folder: Path) -> None:
-    os.makedirs(folder, exist_ok=True)
+    return task(cfg)(Experiment(cfg, folder, keep))

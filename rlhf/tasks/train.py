@@ -15,5 +15,5 @@ class Train:
         held_out = {name.removeprefix("val/"): value for name, value in last.items() if name.startswith("val/")}
         before = {f"before/{name}": first[f"val/{name}"] for name in held_out if f"val/{name}" in first}
         after = {f"after/{name}": value for name, value in held_out.items()}
-        trained = {name: last[name] for name in ("loss", "grad_norm") if name in last}
+        trained: dict[str, float] = {name: last[name] for name in ("loss", "grad_norm") if name in last}
         return {**trained, **before, **after}

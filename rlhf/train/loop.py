@@ -23,7 +23,7 @@ from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_metrics, read_metrics
 from rlhf.train.settings import TrainerSettings
 from rlhf.train.signals import StopSignals
-from rlhf.train.update import initial_state, measure, measure_all, update
+from rlhf.train.update import eager_measure, eager_update, initial_state, measure, measure_all, update
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ class Trainer:
         self.n_steps = job.settings.n_steps(job.batches.n_rows, a.batch_size)
         # A Python float and a float32 scalar would be two programs: convert once.
         self.algorithm = jax.tree.map(lambda x: jnp.float32(x) if isinstance(x, int | float) else x, a)
-        self.update = update.__wrapped__ if job.settings.eager else update
-        self.measure = measure.__wrapped__ if job.settings.eager else measure
+        self.update = eager_update if job.settings.eager else update
+        self.measure = eager_measure if job.settings.eager else measure
         self.checkpoints = Checkpoints(job.folder / "checkpoints", job.settings.max_to_keep)
         self.state = initial_state(job.trainable, self.algorithm)
         self.start = self._restore() if job.resume else 0
@@ -123,7 +123,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite and `trainer.on_nonfinite` is `stop`.
         """
-        job, settings = self.job, self.job.settings
+        job = self.job
         first: dict[str, float] = {}
         last: dict[str, float] = {}
         with (
@@ -194,7 +194,7 @@ class Trainer:
         return any(_due(step, every) for every in (s.eval_every, s.checkpoint_every, s.samples_every))
 
     def _pause(self, pending: _Pending, is_last: bool, is_stopped: bool) -> dict[str, float]:
-        """Between two steps: evaluate, sample and save as far as it is due. A row is on the disk before its checkpoint."""
+        """Between two steps: evaluate, sample, save, as far as due. Rows are on the disk before their checkpoint."""
         settings, step = self.job.settings, pending.step
         metrics, times = self._fetch(pending)
         is_evaluated = is_last or _due(step, settings.eval_every)

@@ -4,7 +4,6 @@ The algorithm comes in as an argument: its numbers are traced leaves, so another
 process, runs the program that is already there.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -61,9 +60,9 @@ def loss_and_gradient(trainable: Tree, frozen: Tree, batch: Tree, algorithm: Any
     return {name: _fold(name, values) for name, values in metrics.items()}, gradient
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-@TraceCounter  # says in the log why it is compiled again
-def update(state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any) -> tuple[Tree, Tree]:
+def eager_update(
+    state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any
+) -> tuple[Tree, Tree]:
     """One optimizer step of `n_updates` in all; returns the new state and the step's metrics.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts as skipped;
@@ -88,11 +87,17 @@ def update(state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: An
     return after, metrics
 
 
-@partial(jax.jit, static_argnames=("model",))
-def measure(params: Tree, batch: Tree, algorithm: Any, *, model: Any) -> Tree:
+# the counter says in the log why it is compiled again
+update = jax.jit(TraceCounter(eager_update), static_argnames=("model",), donate_argnames=("state",))
+
+
+def eager_measure(params: Tree, batch: Tree, algorithm: Any, *, model: Any) -> Tree:
     """Loss and metrics of a batch, without a gradient: for held-out data."""
     value, metrics = algorithm.loss(model, params, batch)
     return {"loss": value, **metrics}
+
+
+measure = jax.jit(eager_measure, static_argnames=("model",))
 
 
 def measure_all(params: Tree, batch: Tree, algorithm: Any, model: Any, run: Any = measure) -> dict[str, float]:

@@ -103,6 +103,7 @@ def test_preference_batches_have_both_answers():
 def test_batches_are_random_access():
     examples = load("conversation")
     batches = Batches(examples, 6, seed=5)
+    assert (batches.n_rows, batches.fingerprint) == (len(examples.packs), examples.fingerprint)
     later = batches[9]
     assert [batches[step]["row"].tolist() for step in range(10)][9] == later["row"].tolist()
     assert later["row"].tolist() == [examples.packs[row][0] for row in Order(len(examples.packs), 6, 5).rows(9)]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_models import load_reference
 
 from rlhf.model.gemma3 import Architecture, Gemma3
-from reference_models import load_reference
 
 
 @pytest.fixture(params=["gemma3_tiny_text", "gemma3_tiny_text_rope8"])
@@ -131,7 +131,7 @@ def test_packed_examples_equal_separate_ones():
 
 
 def test_a_local_layer_sees_exactly_its_window():
-    """All layers local: with n layers a token is reached from at most n (window - 1) places before it, and from that far."""
+    """One local layer: the last token is reached from window - 1 places before it and from no farther."""
     a = Architecture(**{**SMALL.__dict__, "layers": 1})
     model = Gemma3(a)
     params = {"model": model.initialise(jax.random.key(0))}
