@@ -39,7 +39,7 @@ from rlhf.train.settings import TrainerSettings
 
 log = logging.getLogger(__name__)
 
-_kept: dict[Any, Any] = {}  # weights and data that further runs of this process use again
+_kept: dict[Any, tuple[Any, Any]] = {}  # weights and data that further runs of this process use again
 
 
 def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
@@ -126,6 +126,7 @@ class Experiment:
 
     def __init__(self, cfg: DictConfig, folder: Path, keep: bool = False):
         self.cfg, self.folder, self.keep = cfg, folder, keep
+        self._loaded = _kept if keep else {}
         self.settings = settings(cfg)
         self.mesh = self.settings.hardware.start()
 
@@ -137,7 +138,7 @@ class Experiment:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         path = self.settings.model.tokenizer
-        tokenizer = self._once(("tokenizer", path), lambda: Tokenizer(path))
+        tokenizer = self._once("tokenizer", path, lambda: Tokenizer(path))
         if tokenizer.n_vocab > self.settings.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size={self.settings.model.vocab_size} must be at least the {tokenizer.n_vocab} pieces of "
@@ -149,8 +150,8 @@ class Experiment:
     def parameters(self) -> dict[str, Any]:
         """Components by name; from the checkpoint, or at random where none is given."""
         m, h = self.settings.model, self.settings.hardware
-        key = ("parameters", m, h.param_dtype, h.mesh, self.settings.seed if m.checkpoint is None else 0)
-        return self._once(key, lambda: self.load_or_draw(m.checkpoint, self.settings.seed))
+        key = (m, h.param_dtype, h.mesh, self.settings.seed if m.checkpoint is None else 0)
+        return self._once("parameters", key, lambda: self.load_or_draw(m.checkpoint, self.settings.seed))
 
     def load_or_draw(self, checkpoint: str | None, seed: int) -> dict[str, Any]:
         """The parameters of a checkpoint, or random ones where none is given."""
@@ -164,16 +165,15 @@ class Experiment:
         return place(jax.tree.map(lambda x: x.astype(dtype), tree), self.mesh)
 
     def examples(self, part: Part, form: Form) -> Examples:
-        key = ("examples", part, form, self.settings.dataset, self.settings.model.tokenizer)
-        return self._once(key, lambda: self.settings.dataset.load(part, form, self.tokenizer))
+        key = (self.settings.dataset, self.settings.model.tokenizer)
+        return self._once(f"{part} {form}", key, lambda: self.settings.dataset.load(part, form, self.tokenizer))
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key in _kept:
-            return _kept[key]
-        value = make()
-        if self.keep:
-            _kept[key] = value
-        return value
+    def _once(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made under this name, if it was from the same key; of each name only the newest is in memory."""
+        if name not in self._loaded or self._loaded[name][0] != key:
+            self._loaded.pop(name, None)  # let go of before the next is made
+            self._loaded[name] = (key, make())
+        return self._loaded[name][1]
 
     @functools.cached_property
     def reference_key(self) -> dict[str, str]:
@@ -189,7 +189,7 @@ class Experiment:
         batches = Batches(self.examples("train", s.algorithm.form), s.algorithm.batch_size, s.seed)
         held_out, parameters = self.held_out(), self.parameters
         runtime = self.runtime(parameters, batches, held_out)
-        is_shared = self.keep or runtime.reference is not None
+        is_shared = self.keep or isinstance(runtime.reference, LiveReference)
         job = Job(
             folder=self.folder,
             model=self.model,

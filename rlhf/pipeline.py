@@ -22,8 +22,9 @@ _DONE = "stage.json"  # written when a stage is finished: its result and the ove
 
 def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Run the stages in order, skipping those that are finished when `resume` is given; print the table of results."""
-    stages = {str(name): [str(o) for o in words] for name, words in cfg.pipeline.stages.items()}
-    extra = {str(name): [str(o) for o in words] for name, words in (cfg.pipeline.get("extra") or {}).items()}
+    plan: Any = OmegaConf.to_container(cfg.pipeline, resolve=False)  # ${stage:…} is ours to fill in
+    stages = {str(name): [str(word) for word in words] for name, words in plan["stages"].items()}
+    extra = {str(name): [str(word) for word in words] for name, words in plan["extra"].items()}
     for name in extra:
         if name not in stages:
             raise ConfigError(f"pipeline.extra.{name}: the pipeline has no such stage{nearest(name, stages)}")
@@ -36,7 +37,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
         results[name] = _stage(
             f"{number}/{len(stages)} {name}", stage_cfg, words, folder / name, cfg.resume is not None
         )
-    _report(results, folder)
+    _report(results, plan["report"], folder)
     return {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
 
 
@@ -98,12 +99,10 @@ def _stage(label: str, cfg: DictConfig, words: list[str], folder: Path, resume: 
     return result
 
 
-def _report(results: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Accuracies before and after each stage, and where each wrote."""
+def _report(results: dict[str, dict[str, Any]], measured: list[str], folder: Path) -> None:
+    """Held-out metrics before and after each stage, and where each wrote."""
     from tabulate import tabulate
 
-    names = [n for r in results.values() for n in r]
-    measured = list(dict.fromkeys(n.removeprefix("before/") for n in names if n.startswith("before/")))
     rows = []
     for stage, result in results.items():
         cells = [f"{_number(result.get(f'before/{n}'))} → {_number(result.get(f'after/{n}'))}" for n in measured]

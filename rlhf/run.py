@@ -27,7 +27,7 @@ def run_folder(resume: str | None, name: str | None, choices: DictConfig, now: s
     if resume not in (None, "auto"):
         return str(resume)
     chosen = [choices.get(group) for group in ("experiment", "pipeline", "task", "algorithm")]
-    label = name or next(c for c in chosen if c not in (None, "null", "train"))
+    label = name or next((c for c in chosen if c not in (None, "null", "train")), "repeated")  # no choices with -cp
     return f"outputs/{label}/{now}"
 
 
@@ -37,12 +37,24 @@ OmegaConf.register_new_resolver("rlhf_run_dir", run_folder, replace=True)
 _failures: list[BaseException] = []
 
 
+def make_repeatable(config_folder: Path) -> None:
+    """Let `rlhf -cp RUN/.hydra -cn config` make a run like any other: add to the stored config where runs and logs go.
+
+    Hydra stores everything but its own section. That section is taken from our file, without what this run changed.
+    """
+    stored = config_folder / "config.yaml"
+    if stored.is_file():
+        ours = OmegaConf.load(Path(CONF) / "config.yaml").hydra
+        stored.write_text(f"{stored.read_text(encoding='utf-8')}{OmegaConf.to_yaml({'hydra': ours})}", encoding="utf-8")
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """One job: the only one of a run, or one of a sweep."""
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     is_sweep = job.mode == RunMode.MULTIRUN
+    make_repeatable(folder / str(job.output_subdir))
     try:
         from rlhf import tasks  # jax is imported here, after Hydra has set the environment
 
@@ -60,10 +72,25 @@ def main(cfg: DictConfig) -> None:
         sweep.record(job, folder, result=result)
 
 
+def _with_absolute_config_path(words: list[str]) -> list[str]:
+    """`-cp FOLDER` means a folder from where the command is typed; Hydra would look for it beside this file."""
+    found = list(words)
+    for place, word in enumerate(words):
+        option, _, folder = word.partition("=")
+        if option not in ("-cp", "--config-path"):
+            continue
+        if folder:
+            found[place] = f"{option}={os.path.abspath(folder)}"
+        elif place + 1 < len(words):
+            found[place + 1] = os.path.abspath(words[place + 1])
+    return found
+
+
 def cli() -> None:
     """The console command: `main`, with every mistake of the user told in one message and no traceback."""
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
+    sys.argv = [sys.argv[0], *_with_absolute_config_path(sys.argv[1:])]
     sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
     try:
         main()

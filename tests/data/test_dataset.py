@@ -10,10 +10,12 @@ import hydra.utils
 import omegaconf
 import pytest
 
+from rlhf.config import config
 from rlhf.data.arithmetic import Arithmetic
 from rlhf.data.batches import Batches
-from rlhf.data.dataset import Table
+from rlhf.data.dataset import Dataset, Table
 from rlhf.data.rows import Conversations, Judgements, Preferences, Questions
+from rlhf.data.sources import RawRow
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.tokenizer import Tokenizer
 
@@ -217,6 +219,35 @@ def test_collection_of_garbage_goes_on_after_loading(tmp_path):
     with pytest.raises(DataError):
         texts(table(tmp_path / "none.jsonl"))
     assert gc.isenabled()
+
+
+@config
+class Capitals(Dataset):
+    """A dataset of one's own: what the rows are, and where they come from.
+
+    n_train: rows of the training split.
+    """
+
+    n_train: int = 3
+
+    def row_format(self, form):
+        return Questions(question="country", answer="capital")
+
+    def raw_rows(self, part, form):
+        for number in range(self.n_train):
+            yield RawRow(f"capitals row {number}", {"country": f"country {number}", "capital": f"city {number}"})
+
+
+def test_a_dataset_of_ones_own():
+    dataset = Capitals(max_length=64)
+    assert [prompt.answer for prompt in dataset.load("train", "prompt", TOKENIZER).prompts] == [
+        "city 0",
+        "city 1",
+        "city 2",
+    ]
+    assert texts(dataset)[0] == said("country 0", "city 0")
+    with pytest.raises(ConfigError, match="this dataset has rows of form 'prompt'"):
+        dataset.check("preference")
 
 
 def built(name, **settings):
