@@ -30,6 +30,7 @@ from rlhf.model.gemma3 import Gemma3
 from rlhf.model.settings import ModelSettings
 from rlhf.model.sharding import place, place_rows
 from rlhf.model.tokenizer import Tokenizer
+from rlhf.rewards.base import Reward
 from rlhf.sampling.completions import sample_rows
 from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
 from rlhf.train.checkpoint import load_parameters, parameters_digest, read_record
@@ -79,7 +80,7 @@ class Settings:
     model: ModelSettings
     algorithm: Algorithm
     dataset: Dataset
-    reward: Any
+    reward: Reward | None
     hardware: Hardware
     trainer: TrainerSettings
     evaluation: Evaluation
@@ -105,7 +106,7 @@ def settings(cfg: DictConfig) -> Settings:
         model=section(cfg, "model", ModelSettings),
         algorithm=section(cfg, "algorithm", Algorithm),
         dataset=section(cfg, "dataset", Dataset),
-        reward=None if cfg.reward is None else section(cfg, "reward"),
+        reward=None if cfg.reward is None else section(cfg, "reward", Reward),
         hardware=section(cfg, "hardware", Hardware),
         trainer=section(cfg, "trainer", TrainerSettings),
         evaluation=section(cfg, "evaluation", Evaluation),
@@ -273,7 +274,8 @@ class Experiment:
         prompts = self.prompts(evaluation.rows)
         if prompts is None or any(prompt.answer is None for prompt in prompts):
             return None
-        return lambda params: evaluate_prompts(self.model, params, self.tokenizer, prompts, evaluation)[0]
+        reward = self.settings.reward
+        return lambda params: evaluate_prompts(self.model, params, self.tokenizer, prompts, evaluation, reward)[0]
 
     def _sampler(self) -> Callable[[dict, int], list[dict]] | None:
         s = self.settings

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,12 +16,14 @@ from rlhf.sampling.methods import Greedy, Method, Sample
 
 @runtime_checkable
 class Prompt(Protocol):
-    """What is read of a prompt. answer: the reference, if there is one. row: its index in the dataset."""
+    """What is read of a prompt. answer: the reference, if there is one. fields: the dataset's row. row: its index in the dataset."""
 
     @property
     def token_ids(self) -> Sequence[int]: ...
     @property
     def answer(self) -> str | None: ...
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
     @property
     def row(self) -> int: ...
 

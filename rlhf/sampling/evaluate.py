@@ -1,6 +1,7 @@
 """Accuracy of generated answers on prompts that have a reference answer."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.model.gemma3 import Gemma3, Tree
 from rlhf.model.tokenizer import Tokenizer
 from rlhf.rewards.answers import MARKER, final_answer, is_same_number, reference_answer
+from rlhf.rewards.base import Answered, Reward
 from rlhf.sampling.completions import Completion, Prompt, complete, show_prompt
 from rlhf.sampling.methods import Greedy, Method
 
@@ -55,12 +57,18 @@ def interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def evaluate_prompts(
-    model: Gemma3, params: Tree, tokenizer: Tokenizer, prompts: Sequence[Prompt], settings: Evaluation
+    model: Gemma3,
+    params: Tree,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    settings: Evaluation,
+    reward: Reward | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Answer every prompt and compare with its reference. Returns the summary and one row for each prompt.
 
     Summary: `n`; `accuracy` and `format_accuracy`, each with `_low` and `_high` of its 95 % interval; `mean_tokens` of
-    the answers, stop token included; `truncated`, the share that was cut. A cut answer is judged like any other.
+    the answers, stop token included; `truncated`, the share that was cut. A cut answer is judged like any other. With a
+    reward, `rewards/<name>/mean` and `/std` over the answers.
 
     Raises:
         DataError: no prompts, or one without a number as reference; before anything is generated.
@@ -86,7 +94,28 @@ def evaluate_prompts(
         )
     judged = zip(prompts, completions, expected, strict=True)
     rows = [_judge(tokenizer, *each, marker=settings.marker) for each in judged]
-    return summarise(rows), rows
+    return summarise(rows) | (_score(rows, prompts, reward) if reward is not None else {}), rows
+
+
+def _score(rows: list[dict[str, Any]], prompts: Sequence[Prompt], reward: Reward) -> dict[str, float]:
+    """Add each answer's reward to its row; mean and standard deviation for the summary.
+
+    Raises:
+        DataError: the reward gave another number of scores than there are answers, or one that is not finite.
+    """
+    answers = [
+        Answered(r["prompt"], r["completion"], p.answer, p.fields, r["n_tokens"], r["is_truncated"])
+        for r, p in zip(rows, prompts, strict=True)
+    ]
+    scores = [float(score) for score in reward(answers, 0)]
+    if len(scores) != len(rows):
+        raise DataError(f"reward {reward.name} gave {len(scores)} scores for {len(rows)} answers")
+    for row, score in zip(rows, scores, strict=True):
+        if not math.isfinite(score):
+            raise DataError(f"reward {reward.name} gave {score} for row {row['row']}: {row['completion']!r:.200}")
+        row[f"rewards/{reward.name}"] = score
+    name = f"rewards/{reward.name}"
+    return {f"{name}/mean": statistics.fmean(scores), f"{name}/std": statistics.pstdev(scores)}
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -55,7 +55,9 @@ class Evaluate:
         if not prompts or any(prompt.answer is None for prompt in prompts):
             return {}
         parameters, tokenizer = experiment.parameters, experiment.tokenizer
-        summary, rows = evaluate_prompts(experiment.model, parameters, tokenizer, prompts, settings)
+        summary, rows = evaluate_prompts(
+            experiment.model, parameters, tokenizer, prompts, settings, experiment.settings.reward
+        )
         with (experiment.folder / "rows.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return summary
