@@ -25,7 +25,7 @@ from rlhf.data.batches import Batches, collate, eval_batches
 from rlhf.data.dataset import Dataset, Part
 from rlhf.data.encode import Examples, Prompt
 from rlhf.data.examples import Form
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, nearest
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.settings import ModelSettings
 from rlhf.model.sharding import place, place_rows
@@ -100,6 +100,7 @@ class Settings:
 
 def settings(cfg: DictConfig) -> Settings:
     """All sections of `cfg`; loads nothing."""
+    _require_read(cfg)
     if not isinstance(cfg.seed, int):
         raise ConfigError(f"seed={cfg.seed!r} must be an integer")
     return Settings(
@@ -112,6 +113,15 @@ def settings(cfg: DictConfig) -> Settings:
         evaluation=section(cfg, "evaluation", Evaluation),
         seed=cfg.seed,
     )
+
+
+def _require_read(cfg: DictConfig) -> None:
+    """Refuse a section that nothing reads: a name misspelt in a yaml, where Hydra does not notice, or after a `+`."""
+    names = {field.name for field in dataclasses.fields(Settings)} | {"task", "pipeline", "name", "resume"}
+    text = OmegaConf.to_yaml(cfg)
+    for name in map(str, cfg):
+        if name not in names and not re.search(rf"\$\{{{name}[.}}]", text):
+            raise ConfigError(f"{name}: nothing reads this section{nearest(name, names)}")
 
 
 def task(cfg: DictConfig) -> Callable[["Experiment"], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Hydra's composition errors in our words: the key, the value, the rule, and the nearest valid name."""
 
+import contextlib
 import re
 import sys
 
@@ -16,12 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.errors import nearest
 
 
-def of_hydra(error: BaseException) -> str | None:
-    """The message for an error of composition, or None for an error of another kind."""
+def of_hydra(error: BaseException, words: list[str] | None = None) -> str | None:
+    """The message for an error of composition, or None for an error of another kind.
+
+    words: the overrides that were composed; those of the command line if not given.
+    """
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
     if isinstance(error, ConfigCompositionException):
-        return _unknown_key(error)
+        return _unknown_key(error, sys.argv[1:] if words is None else words)
     if isinstance(error, OverrideParseException):
         return f"the override {error.override!r} can't be read: {str(error).splitlines()[-1].strip()}"
     if isinstance(error, HydraException | SearchPathException | OmegaConfBaseException):
@@ -40,7 +44,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
     return f"{group}={choice}: there is no such {group}{nearest(choice, options)}"
 
 
-def _unknown_key(error: ConfigCompositionException) -> str:
+def _unknown_key(error: ConfigCompositionException, words: list[str]) -> str:
     text = f"{error}\n{error.__cause__ or ''}"
     key = re.search(r"(?:full_key: |Could not override ')([\w.]+)", text)
     if key is None:
@@ -50,21 +54,22 @@ def _unknown_key(error: ConfigCompositionException) -> str:
     if "not in struct" not in text:
         return f"{full}: {' '.join(str(error.__cause__ or error).splitlines()[:1])}"
     parent, _, last = full.rpartition(".")
-    return f"{full}: unknown key{nearest(last, _siblings(parent, full), f'{parent}.' if parent else '')}"
+    return f"{full}: unknown key{nearest(last, _siblings(parent, full, words), f'{parent}.' if parent else '')}"
 
 
-def _siblings(parent: str, unknown: str) -> list[str]:
-    """Names beside an unknown key, from the same command without its single settings (groups stay)."""
+def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
+    """Names beside an unknown key, from the same overrides without the single settings (groups stay)."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from rlhf.run import CONF
 
-    groups = [word for word in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w./-]+", word)]
+    groups = [word for word in words if re.fullmatch(r"[a-z_]+=[\w./-]+", word)]
     groups = [word for word in groups if not word.startswith(f"{unknown}=")]
-    GlobalHydra.instance().clear()
+    is_inside = GlobalHydra.instance().is_initialized()  # of a run, which goes on with Hydra as it is
+    hydra = contextlib.nullcontext() if is_inside else initialize_config_dir(CONF, version_base="1.3")
     try:
-        with initialize_config_dir(CONF, version_base="1.3"):
+        with hydra:
             cfg = compose("config", overrides=groups)
         node = OmegaConf.select(cfg, parent) if parent else cfg
     except (HydraException, OmegaConfBaseException):

@@ -24,7 +24,7 @@ ALLOWED = {
     "build": {"algorithms", "train", "sampling", "data", "rewards", "model", "ops", "records"},
     "tasks": {"build", "pipeline", "train", "sampling", "data", "rewards", "model", "records"},
     "messages": {"run"},
-    "pipeline": {"tasks", "messages"},
+    "pipeline": {"tasks", "messages", "build", "run"},
     "sweep": set(),
     "run": {"tasks", "messages", "sweep"},
     "__main__": {"run"},
