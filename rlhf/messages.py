@@ -3,6 +3,7 @@
 import contextlib
 import re
 import sys
+from pathlib import Path
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -54,7 +55,8 @@ def _unknown_key(error: ConfigCompositionException, words: list[str]) -> str:
     if "not in struct" not in text:
         return f"{full}: {' '.join(str(error.__cause__ or error).splitlines()[:1])}"
     parent, _, last = full.rpartition(".")
-    return f"{full}: unknown key{nearest(last, _siblings(parent, full, words), f'{parent}.' if parent else '')}"
+    hint = f" (for one stage of the pipeline: +STAGE.{full}=…)" if any(w.startswith("pipeline=") for w in words) else ""
+    return f"{full}: unknown key{nearest(last, _siblings(parent, full, words), f'{parent}.' if parent else '')}{hint}"
 
 
 def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
@@ -65,7 +67,7 @@ def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
     from rlhf.run import CONF
 
     groups = [word for word in words if re.fullmatch(r"[a-z_]+=[\w./-]+", word)]
-    groups = [word for word in groups if not word.startswith(f"{unknown}=")]
+    groups = [word for word in groups if not word.startswith(f"{unknown}=")] + _search_path(words)
     is_inside = GlobalHydra.instance().is_initialized()  # of a run, which goes on with Hydra as it is
     hydra = contextlib.nullcontext() if is_inside else initialize_config_dir(CONF, version_base="1.3")
     try:
@@ -75,3 +77,12 @@ def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
     except (HydraException, OmegaConfBaseException):
         return []
     return [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
+
+
+def _search_path(words: list[str]) -> list[str]:
+    """The folder of the user's own files, as an override."""
+    text = "\n".join(words)
+    return [
+        f"hydra.searchpath=['file://{Path(folder).absolute()}']"
+        for folder in re.findall(r"^(?:--config-dir|-cd)[\n=](.*)$", text, re.MULTILINE)
+    ]

@@ -78,7 +78,7 @@ def _combined(stage: str, words: list[str], given: list[str]) -> list[str]:
         key = _key(word)
         if own.get(key, word) != word and GlobalHydra.instance().config_loader().get_group_options(key):
             raise ConfigError(
-                f"{word}: pipeline stage {stage} is made for {own[key]}; +{stage}.{word} changes it for this stage alone"
+                f"{word}: pipeline stage {stage} is made for {own[key]}; +{stage}.{word} changes that stage alone"
             )
     is_fixed = {key for key, word in own.items() if "${stage:" in word}
     taken = {_key(word) for word in given} | _keys_of_debug(given)
@@ -94,7 +94,8 @@ def _key(word: str) -> str:
 def _keys_of_debug(given: list[str]) -> set[str]:
     """The keys that a chosen debug=… sets."""
     choice = next((word.partition("=")[2] for word in given if _key(word) == "debug"), "null")
-    stored = GlobalHydra.instance().config_loader().repository.load_config(f"debug/{choice}")
+    loader: Any = GlobalHydra.instance().config_loader()
+    stored = loader.repository.load_config(f"debug/{choice}")
     return set() if stored is None else set(_flat(OmegaConf.to_container(stored.config, resolve=False)))
 
 

@@ -90,7 +90,7 @@ def test_a_stage_is_repeated_from_its_stored_config(command, words, tmp_path):
     [
         (
             ["algorithm.beta=0.2", "algorithm.betta=0.2"],
-            ["stage dpo", "algorithm.betta", "did you mean algorithm.beta"],
+            ["stage dpo", "algorithm.betta: unknown key; did you mean algorithm.beta"],
         ),
         (["algorithm.beta=0.2", "algorithm.beta=-1"], ["stage dpo", "algorithm.beta=-1 of DPO must be above 0"]),
         (["algorithm=dpo", "algorithm=dop"], ["stage dpo", "there is no such algorithm; did you mean dpo"]),
@@ -179,7 +179,7 @@ def test_debug_reaches_every_stage(command, words, tmp_path):
     [
         ("algorithm=ipo", "algorithm=ipo: pipeline stage sft is made for algorithm=sft; +sft.algorithm=ipo"),
         ("+ddpo.seed=1", "pipeline stage sft: ddpo: nothing reads this section"),
-        ("algorithm.beta=0.5", "pipeline stage sft: algorithm.beta: unknown key"),
+        ("algorithm.beta=0.5", "algorithm.beta: unknown key; there are: batch_size,"),
     ],
     ids=["group", "stage", "only one stage has it"],
 )  # fmt: skip

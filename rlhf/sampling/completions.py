@@ -16,7 +16,7 @@ from rlhf.sampling.methods import Greedy, Method, Sample
 
 @runtime_checkable
 class Prompt(Protocol):
-    """What is read of a prompt. answer: the reference, if there is one. fields: the dataset's row. row: its index in the dataset."""
+    """What is read of a prompt. answer: the reference, if any. fields: the dataset's row. row: its index there."""
 
     @property
     def token_ids(self) -> Sequence[int]: ...

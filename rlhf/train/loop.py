@@ -20,7 +20,7 @@ from rlhf.errors import TrainingError
 from rlhf.model.sharding import place_rows, with_shardings
 from rlhf.train import guard
 from rlhf.train.checkpoint import Checkpoints
-from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_metrics, read_metrics
+from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_held_out, read_metrics
 from rlhf.train.settings import TrainerSettings
 from rlhf.train.signals import StopSignals
 from rlhf.train.update import eager_measure, eager_update, initial_state, measure, measure_all, update
@@ -154,7 +154,7 @@ class Trainer:
         """Held-out metrics and samples of the model as it comes, as row 0."""
         if metrics := self._held_out_metrics():
             self.writer.write(0, metrics, {})
-            log.info("%s", format_metrics(0, self.n_steps, metrics))
+            log.info("step 0/%d  %s", self.n_steps, format_held_out(metrics))
         if self.job.settings.samples_every and self.job.sample:
             self.samples.write(0, self.job.sample(self.params, 0))
         return metrics

@@ -106,10 +106,31 @@ def format_metrics(
 ) -> str:
     """One line for the log: columns as wide as the numbers can be, so that lines of one run stand below each other."""
     cells = [f"step {step:>{len(str(n_steps))}}/{n_steps}"]
-    cells += [f"{name} {_short(value):<10}" for name, value in metrics.items()]
+    cells += [f"{name} {_short(metrics[name]):<10}" for name in _shown(metrics)]
     if times and "tokens_per_second" in times:
         cells.append(f"{_number(times['tokens_per_second']):>8,.0f} tokens/s")
     return "  ".join([*cells, left]).rstrip()
+
+
+def format_held_out(metrics: Mapping[str, Any]) -> str:
+    """The `val/…` metrics on a line of their own, shares with their 95 % interval; empty when there are none."""
+    found = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+    cells = []
+    for name, value in found.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        bounds = [found.get(f"{name}_{end}") for end in ("low", "high")]
+        interval = "" if None in bounds else f" ({_short(bounds[0])} to {_short(bounds[1])})"
+        cells.append(f"{name} {_short(value)}{interval}")
+    return f"held out: {', '.join(cells)}" if cells else ""
+
+
+def _shown(metrics: Mapping[str, Any]) -> list[str]:
+    """What a log line tells of a step: the loss first; not what is on a line of its own, or nothing to speak of."""
+    hidden = {"n_tokens", "loss"} | ({"n_skipped"} if not metrics.get("n_skipped") else set())
+    hidden |= {"nll"} if metrics.get("nll") == metrics.get("loss") else set()
+    names = [name for name in metrics if name not in hidden and not name.startswith("val/")]
+    return (["loss"] if "loss" in metrics else []) + names
 
 
 def _short(value: Any) -> str:
@@ -145,12 +166,13 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         """Show the numbers of the step that was just done."""
         left = self._time_left(step)
-        line = format_metrics(step, self._n_steps, metrics, times, left)
-        if self._bar is None:
+        lines = [format_metrics(step, self._n_steps, metrics, times, left), format_held_out(metrics)]
+        if self._bar is not None:
+            self._bar.clear()
+        for line in filter(None, lines):
             log.info("%s", line)
+        if self._bar is None:
             return
-        self._bar.clear()
-        log.info("%s", line)
         shown = [f"loss {_short(metrics['loss'])}"] if "loss" in metrics else []
         shown += [f"{_number(times['tokens_per_second']):,.0f} tokens/s"] if "tokens_per_second" in times else []
         self._bar.n = step

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf.errors import CheckpointError
-from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_metrics, read_metrics
+from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_held_out, format_metrics, read_metrics
 
 
 def loss(step: int) -> float:
@@ -167,10 +167,15 @@ def test_log_lines_stand_below_each_other():
     second = format_metrics(
         100, 100, {"loss": -12345.678, "learning_rate": 0.0, "n_skipped": 3}, {"tokens_per_second": 99}
     )
-    assert first == "step   5/100  loss 0.6931      learning_rate 1e-06       n_skipped 0              1,234 tokens/s"
-    assert [at.start() for at in re.finditer("l|n_|tokens", first)] == [
-        at.start() for at in re.finditer("l|n_|tokens", second)
-    ]
+    assert first == "step   5/100  loss 0.6931      learning_rate 1e-06          1,234 tokens/s"
+    assert second == "step 100/100  loss -1.235e+04  learning_rate 0           n_skipped 3                 99 tokens/s"
+
+
+def test_held_out_numbers_have_a_line_with_intervals():
+    metrics = {"loss": 1.0, "val/loss": 0.25, "val/n": 200, "val/accuracy": 0.5}
+    metrics |= {"val/accuracy_low": 0.43, "val/accuracy_high": 0.57}
+    assert format_held_out(metrics) == "held out: loss 0.25, n 200, accuracy 0.5 (0.43 to 0.57)"
+    assert format_held_out({"loss": 1.0}) == ""
 
 
 def test_progress_is_log_lines_when_nobody_watches(caplog, capfd, monkeypatch):

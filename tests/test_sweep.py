@@ -1,0 +1,171 @@
+"""A sweep in one process: a folder for each run, one table, one set of compilations, weights and data loaded once."""
+
+import csv
+import json
+
+import pytest
+
+from rlhf import build
+from rlhf.data.arithmetic import Arithmetic
+from rlhf.train import guard
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    monkeypatch.setattr(build, "_kept", {})
+
+
+@pytest.fixture
+def base(command, small, tmp_path):
+    """The folder of a run whose parameters the sweeps start from."""
+    done = command(*small, "algorithm.learning_rate=1e-2", "evaluation.rows=0", "hydra.run.dir=base")
+    assert done.code == 0, done.output
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def words(small, base):
+    return [*small, "algorithm=dpo", f"model.checkpoint={base}", "evaluation.rows=0", "trainer.max_steps=3"]
+
+
+def metrics(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def table(folder) -> list[dict]:
+    with (folder / "summary.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What was loaded and compiled before and in each run: {"loads": [...], "compiled": [...]}."""
+    counts = {"loads": [], "compiled": []}
+    load_parameters, load, run = build.load_parameters, Arithmetic.load, build.Experiment.training_job
+
+    def counting_parameters(*arguments, **settings):
+        counts["loads"].append("parameters")
+        return load_parameters(*arguments, **settings)
+
+    def counting_rows(self, part, form, tokenizer):
+        counts["loads"].append(f"{part} {form}")
+        return load(self, part, form, tokenizer)
+
+    def marked(self):
+        counts["compiled"].append(guard.compilations())
+        return run(self)
+
+    monkeypatch.setattr(build, "load_parameters", counting_parameters)
+    monkeypatch.setattr(Arithmetic, "load", counting_rows)
+    monkeypatch.setattr(build.Experiment, "training_job", marked)
+    return counts
+
+
+def test_a_grid_of_betas_and_learning_rates(command, words, counted, tmp_path):
+    grid = ["algorithm.beta=0.05,0.1,0.5", "algorithm.learning_rate=1e-6,1e-4"]
+    with guard.record_compilations() as all_runs:
+        done = command("-m", *words, *grid, "hydra.sweep.dir=sweep")
+    assert done.code == 0, done.output
+    rows = table(tmp_path / "sweep")
+    assert [row["run"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert [(row["algorithm.beta"], row["algorithm.learning_rate"]) for row in rows] == [
+        (beta, rate) for beta in ("0.05", "0.1", "0.5") for rate in ("1e-6", "1e-4")
+    ]
+    for row in rows:
+        folder = tmp_path / "sweep" / row["run"]
+        last = metrics(folder)[-1]
+        assert row["status"] == "ok"
+        assert float(row["after/rewards/margins"]) == last["val/rewards/margins"]
+        assert float(row["loss"]) == last["loss"]
+        assert {".hydra", "config.json", "log.txt", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert len({row["after/rewards/margins"] for row in rows}) == 6
+    shown = done.output[done.output.rindex("\n\n", 0, done.output.index("6 runs, 0 failed")) :]
+    assert "algorithm.beta" in shown
+    assert "trainer.max_steps" not in shown  # equal in all runs
+    assert f"6 runs, 0 failed; table: {tmp_path / 'sweep' / 'summary.csv'}" in done.output
+
+    assert sorted(counted["loads"]) == ["eval preference", "parameters", "train preference"]
+    second, end = counted["compiled"][1], guard.compilations()
+    later = all_runs.compilations[len(all_runs.compilations) - (end - second) :]
+    assert not later, f"runs after the first compiled {[one.name for one in later]}"
+    assert sum(one.name == "update" for one in all_runs.compilations) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "ipo", "bco", "tr_dpo", "kto", "simpo"])
+def test_no_algorithm_compiles_again_for_other_numbers(command, small, counted, tmp_path, algorithm):
+    swept = ["algorithm.learning_rate=1e-5,1e-4", "algorithm.clip_norm=1,2", "algorithm.optimizer.b1=0.9,0.8"]
+    if algorithm == "sft":
+        swept += ["algorithm.schedule.warmup=0.1,0.2", "algorithm.optimizer.weight_decay=0,0.1"]
+    else:
+        swept = [*swept[:1], "algorithm.beta=0.2,0.3"]
+    done = command("-m", *small, f"algorithm={algorithm}", *swept, "trainer.samples_every=2", "hydra.sweep.dir=sweep")
+    assert done.code == 0, done.output
+    second = counted["compiled"][1]
+    assert guard.compilations() == second, str(guard.Recording(second))
+
+
+def test_a_swept_run_equals_the_same_run_alone(command, words, tmp_path):
+    words = [*words, "algorithm.learning_rate=1e-4", "trainer.checkpoint_every=2", "trainer.samples_every=2"]
+    assert command("-m", *words, "algorithm.beta=0.5,0.1", "hydra.sweep.dir=sweep").code == 0
+    assert command(*words, "algorithm.beta=0.1", "hydra.run.dir=alone").code == 0
+    swept = tmp_path / "sweep" / "1"
+    assert metrics(swept) == metrics(tmp_path / "alone")
+    arrays = "checkpoints/step_3/arrays"
+    files = [path.relative_to(swept) for path in (swept / arrays).rglob("*") if path.is_file()]
+    assert len(files) > 40
+    for file in files:
+        assert (swept / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
+
+
+def test_a_failing_run_does_not_stop_the_others(command, words, tmp_path):
+    done = command("-m", *words, "algorithm.learning_rate=1e-5,-1,1e-4", "hydra.sweep.dir=sweep")
+    assert done.code == 1
+    rows = table(tmp_path / "sweep")
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    reason = "algorithm.learning_rate=-1 of DPO must be at least 0"
+    assert reason in rows[1]["error"]
+    assert reason in (tmp_path / "sweep" / "1" / "log.txt").read_text()
+    assert reason not in (tmp_path / "sweep" / "2" / "log.txt").read_text()
+    assert "3 runs, 1 failed" in done.output
+    assert "Traceback" not in done.output
+    assert metrics(tmp_path / "sweep" / "2")[-1]["step"] == 3
+
+
+def test_the_traceback_of_a_bug_is_in_the_log_of_its_run(command, words, tmp_path, monkeypatch):
+    from rlhf.algorithms.dpo import DPO
+
+    loss = DPO.prepare
+
+    def broken(self, *arguments):
+        if self.beta == 0.3:
+            raise ZeroDivisionError("beta is unlucky")
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(DPO, "prepare", broken)
+    done = command("-m", *words, "algorithm.beta=0.3,0.1", "hydra.sweep.dir=sweep")
+    assert done.code == 1
+    text = (tmp_path / "sweep" / "0" / "log.txt").read_text()
+    assert "Traceback" in text
+    assert "ZeroDivisionError: beta is unlucky" in text
+    assert table(tmp_path / "sweep")[0]["error"] == "ZeroDivisionError: beta is unlucky"
+    assert "Traceback" not in (tmp_path / "sweep" / "1" / "log.txt").read_text()
+
+
+def test_a_misspelt_key_ends_a_sweep_before_its_first_run(command, words, tmp_path):
+    done = command("-m", *words, "algorithm.betta=0.1,0.5", "hydra.sweep.dir=sweep")
+    assert done.code == 1
+    assert "algorithm.betta: unknown key; did you mean algorithm.beta?" in done.output
+    assert not list((tmp_path / "sweep").glob("*/metrics.jsonl"))
+
+
+def test_other_data_or_weights_are_loaded_again(command, words, counted, tmp_path):
+    other = ["dataset.n_train=40,48"]
+    assert command("-m", *words, *other, "hydra.sweep.dir=sweep").code == 0
+    assert sorted(counted["loads"]) == ["eval preference"] * 2 + ["parameters"] + ["train preference"] * 2
+    sizes = [json.loads((tmp_path / "sweep" / n / "config.json").read_text())["dataset"]["n_train"] for n in "01"]
+    assert sizes == [40, 48]
+    assert "3 steps over 40 pairs" in (tmp_path / "sweep" / "0" / "log.txt").read_text()
+    assert "3 steps over 48 pairs" in (tmp_path / "sweep" / "1" / "log.txt").read_text()
