@@ -71,8 +71,8 @@ def test_a_grid_of_betas_and_learning_rates(command, words, counted, tmp_path):
     assert done.code == 0, done.output
     rows = table(tmp_path / "sweep")
     assert [row["run"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
-    assert [(row["algorithm.beta"], row["algorithm.learning_rate"]) for row in rows] == [
-        (beta, rate) for beta in ("0.05", "0.1", "0.5") for rate in ("1e-6", "1e-4")
+    assert [(float(row["algorithm.beta"]), float(row["algorithm.learning_rate"])) for row in rows] == [
+        (beta, rate) for beta in (0.05, 0.1, 0.5) for rate in (1e-6, 1e-4)
     ]
     for row in rows:
         folder = tmp_path / "sweep" / row["run"]

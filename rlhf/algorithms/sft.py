@@ -4,18 +4,21 @@ import jax.numpy as jnp
 
 from rlhf.algorithms.base import Algorithm
 from rlhf.config import config
+from rlhf.ops.likelihood import NegativeLogLikelihood, TokenLoss
 from rlhf.ops.weights import PerToken, Weighting
 
 
 @config
 class SFT(Algorithm):
-    """Mean negative log-likelihood of the answer tokens.
+    """Mean loss of the answer tokens.
 
+    token_loss: the cost of a token; its negative log-likelihood by default.
     weighting: which mean; per token by default, over the whole batch and not over each microbatch.
     """
 
     form = "conversation"
 
+    token_loss: TokenLoss = NegativeLogLikelihood()
     weighting: Weighting = PerToken()
 
     def prepare(self, runtime, params, batch, key):
@@ -23,5 +26,8 @@ class SFT(Algorithm):
 
     def loss(self, model, params, batch):
         logprobs = model.token_logprobs(params, batch)  # chunked: batch × time × vocab never exists
-        nll = -jnp.mean(jnp.sum(batch["weight"] * logprobs, axis=-1))
-        return nll, {"nll": nll}
+
+        def mean(costs):
+            return jnp.mean(jnp.sum(batch["weight"] * costs, axis=-1))
+
+        return mean(self.token_loss(logprobs)), {"nll": mean(-logprobs)}
