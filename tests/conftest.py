@@ -33,8 +33,12 @@ def shared() -> Path:
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """`rlhf` as a user runs it, in this process and a folder of its own: words in, (exit code, output) out."""
+    import absl.logging
+
     from rlhf.run import cli
 
+    # Hydra closes every log handler before a run: this one would close what pytest catches stderr in.
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 

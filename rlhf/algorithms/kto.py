@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf.algorithms.base import Algorithm, Batch
-from rlhf.algorithms.reference import Frozen, Reference
+from rlhf.algorithms.reference import Frozen, Precomputed, Reference
 from rlhf.config import Number, config, require_range
 from rlhf.errors import ConfigError
 from rlhf.ops.unpaired import KahnemanTversky, Unpaired
@@ -46,6 +46,11 @@ class KTO(Algorithm):
         require_range(self, "beta", above=0)
         require_range(self, "desirable_weight", at_least=0)
         require_range(self, "undesirable_weight", at_least=0)
+        if isinstance(self.reference, Precomputed):
+            raise ConfigError(
+                "algorithm.reference=Precomputed: the KL estimate pairs each prompt with another answer of its batch, "
+                "which no file can hold beforehand; use rlhf.algorithms.reference.Frozen"
+            )
         if not self.reference.is_used:
             raise ConfigError(
                 "algorithm.reference=NoReference: an unpaired loss measures an answer against a reference; "

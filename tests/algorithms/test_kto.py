@@ -9,7 +9,7 @@ import pytest
 from table_model import MODEL, SHARED_LOSSES, random_params, runtime, unpaired_batch
 
 from rlhf.algorithms.kto import KTO
-from rlhf.algorithms.reference import NoReference, Synced
+from rlhf.algorithms.reference import NoReference, Precomputed, Synced
 from rlhf.errors import ConfigError
 from rlhf.ops.unpaired import APOZeroUnpaired, KahnemanTversky
 
@@ -125,3 +125,8 @@ def test_impossible_settings_are_refused(settings, message):
 def test_no_closed_form_of_the_first_loss_with_unequal_weights():
     assert KTO(**SETTINGS, desirable_weight=1.33).expected_first_loss() is None
     assert KTO(**SETTINGS, desirable_weight=2.0, undesirable_weight=2.0).expected_first_loss() == 1.0
+
+
+def test_precomputed_reference_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="which no file can hold beforehand"):
+        KTO(**SETTINGS, reference=Precomputed(cache_dir=str(tmp_path)))
