@@ -49,8 +49,9 @@ def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
     Raises:
         ConfigError: a key is unknown, missing or has a value that its class refuses; the message has its full name.
     """
+    missing = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]  # sections may refer to them
     node = OmegaConf.select(cfg, key)
-    for name in sorted(OmegaConf.missing_keys(node)):  # full names already
+    for name in missing or sorted(OmegaConf.missing_keys(node)):  # full names already
         raise ConfigError(f"{name} has no value yet: give one as {name}=…")
     try:
         built = instantiate(node, _convert_="all")
@@ -212,7 +213,7 @@ class Experiment:
             held_out=held_out,
             settings=s.trainer,
             seed=s.seed,
-            record={"config": records.resolved(self.cfg)},
+            record={"config": records.resolved(self.cfg), "started_from": self._start()},
             mesh=self.mesh,
             evaluate=self._accuracy_measure(),
             sample=self._sampler(),
@@ -221,6 +222,11 @@ class Experiment:
         for line in records.summary(job):
             log.info("%s", line)
         return job
+
+    def _start(self) -> str | None:
+        """Where the parameters come from, from whichever folder it is read later."""
+        checkpoint = self.settings.model.checkpoint
+        return None if checkpoint is None else str(Path(checkpoint).resolve())
 
     def _claim_folder(self) -> bool:
         """Whether a run in the folder is to be gone on with.

@@ -30,10 +30,12 @@ def composed(*words: str) -> DictConfig:
     """A config of which every value is given."""
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("config", overrides=list(words))
-    if "prompts" in cfg:
-        cfg.prompts = "something"
-    for name in OmegaConf.missing_keys(cfg):
-        OmegaConf.update(cfg, name, "something")
+    for name in map(str, cfg):
+        if OmegaConf.is_missing(cfg, name):
+            cfg[name] = "something"
+        elif name != "pipeline" and OmegaConf.is_config(cfg[name]):  # a pipeline refers to stages
+            for inner in OmegaConf.missing_keys(cfg[name]):
+                OmegaConf.update(cfg, inner, "something")
     return cfg
 
 
@@ -69,7 +71,7 @@ def test_every_stage_of_every_pipeline_builds(choice):
     plan = OmegaConf.to_container(composed(f"pipeline={choice}").pipeline, resolve=False)
     assert set(plan) <= {"stages", "report"}
     for words in plan["stages"].values():
-        build.settings(composed(*(word.replace("${stage:", "<").replace("}", ">") for word in words)))
+        build.settings(composed(*(re.sub(r"\$\{stage:(\w+)\}", r"runs/\1", word) for word in words)))
 
 
 def nodes(tree, prefix: str = "") -> list[tuple[str, dict]]:
@@ -114,7 +116,7 @@ def config_classes() -> list[type]:
     classes, waiting = {}, [object]
     while waiting:
         for cls in type.__subclasses__(waiting.pop()):
-            if cls.__module__.startswith("rlhf.") and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen:
+            if str(cls.__module__).startswith("rlhf.") and cls.__init__.__qualname__.startswith("config."):
                 classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
             waiting.append(cls)
     return [cls for _, cls in sorted(classes.items())]
@@ -144,6 +146,7 @@ def unexplained(text: str) -> list[str]:
         for before, line in zip(["", *lines], lines, strict=False)
         if re.match(r"\s*[\w.]+:\s*[^\s#]", line)
         and "_target_:" not in line.partition("{")[0]
+        and "${" not in line  # the value of a key that is explained where it stands
         and " #" not in line
         and not before.lstrip().startswith("#")
     ]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhf.config import Number
-from rlhf.model.layers import attend, attention_mask, gated_mlp, rms_norm, rope_tables, rotate
+from rlhf.model.layers import attend, attention_mask, gated_mlp, project, rms_norm, rope_tables, rotate
 from rlhf.ops.logprobs import TokenStatistics, target_logprobs, target_statistics
 
 Tree = dict[str, Any]
@@ -88,8 +88,9 @@ class Gemma3:
 
     compute_dtype: type of activations and of the weights as they are used; norms, softmax, logits and log-probabilities
         are float32 in any case.
-    remat: `block` keeps only each block's input for the backward pass and computes the rest again.
-    scan_layers: one compiled block for all layers (fast to compile) or one for each (10 to 20 % faster steps on CPU).
+    remat: what a block keeps for its backward pass, which computes the rest again: `none` the results of its matrix
+        products, `block` only its input.
+    scan_layers: one compiled block for all layers (fast to compile), or one for each.
     """
 
     architecture: Architecture
@@ -142,12 +143,12 @@ class Gemma3:
         a = self.architecture
         layer = jax.tree.map(lambda w: w.astype(self.compute_dtype), layer)
         normed = rms_norm(x, layer["attention_norm"], a.eps)
-        queries = jnp.einsum("btd,dnh->btnh", normed, layer["query"])
-        key_values = jnp.einsum("btd,dcnh->btcnh", normed, layer["key_value"])
+        queries = project(normed, layer["query"])
+        keys, values = (project(normed, layer["key_value"][:, i]) for i in (0, 1))
         queries = rotate(rms_norm(queries, layer["query_norm"], a.eps), *rope) * a.query_scale
-        keys = rotate(rms_norm(key_values[:, :, 0], layer["key_norm"], a.eps), *rope)
-        mixed, kept = mix(queries, keys, key_values[:, :, 1])
-        attended = jnp.einsum("btnh,nhd->btd", mixed, layer["out"])
+        keys = rotate(rms_norm(keys, layer["key_norm"], a.eps), *rope)
+        mixed, kept = mix(queries, keys, values)
+        attended = project(mixed.reshape(*x.shape[:2], -1), layer["out"].reshape(-1, a.width))
         x = x + rms_norm(attended, layer["post_attention_norm"], a.eps)
         fed = gated_mlp(rms_norm(x, layer["mlp_norm"], a.eps), layer["gate_up"], layer["down"])
         return x + rms_norm(fed, layer["post_mlp_norm"], a.eps), kept
@@ -175,13 +176,13 @@ class Gemma3:
             rope, mask = _choose(is_global, (global_rope, global_mask), (local_rope, local_mask))
             return self.block(layer, x, rope, lambda q, k, v: (attend(q, k, v, mask), None))[0]
 
+        keep = jax.checkpoint_policies.checkpoint_dots if self.remat == "none" else None
+        run = jax.checkpoint(run, policy=keep, static_argnums=() if self.scan_layers else (2,))
         x = self.embed(params, tokens)
         stacked = params["model"]["layers"]
         if self.scan_layers:
-            run = jax.checkpoint(run) if self.remat == "block" else run
             x, _ = jax.lax.scan(lambda x, layer: (run(x, *layer), None), x, (stacked, jnp.asarray(a.is_global())))
         else:
-            run = jax.checkpoint(run, static_argnums=(2,)) if self.remat == "block" else run
             for layer, is_global in zip(_unstack(stacked), a.is_global(), strict=True):
                 x = run(x, layer, is_global)
         return rms_norm(x, params["model"]["final_norm"], a.eps)

@@ -1,5 +1,7 @@
 """The parts of a Gemma 3 block, as functions of arrays. Nothing here knows about stacks, caches or configs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -63,18 +65,39 @@ def attend(
     batch, n_queries, heads, head_width = queries.shape
     kv_heads = keys.shape[2]
     grouped = queries.reshape(batch, n_queries, kv_heads, heads // kv_heads, head_width)
-    scores = jnp.einsum("bqkgh,btkh->bkgqt", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(is_visible[:, None, None, :, :], scores, _MASKED)
+    scores = jnp.einsum("bqkgh,btkh->bkqgt", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(is_visible[:, None, :, None, :], scores, _MASKED)
     shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgqt,btkh->bqkgh", shares, values)
+    mixed = jnp.einsum("bkqgt,btkh->bqkgh", shares, values)
     return mixed.reshape(batch, n_queries, heads, head_width)
+
+
+def project(x: Float[Array, "batch time width"], weight: Float[Array, "width *out"]) -> Float[Array, "batch time *out"]:
+    """x · weight over the width, as a product of two matrices.
+
+    With batch and time as two axes, XLA on CPU transposes a copy of the whole gradient before it multiplies by it.
+    """
+    batch, time, width = x.shape
+    product = x.reshape(batch * time, width) @ weight.reshape(width, -1)
+    return product.reshape(batch, time, *weight.shape[1:])
 
 
 def gated_mlp(
     x: Float[Array, "batch time width"], gate_up: Float[Array, "width two ff"], down: Float[Array, "ff width"]
 ) -> Float[Array, "batch time width"]:
     """GeGLU with the tanh approximation; gate and up are one matrix product."""
-    width, _, ff = gate_up.shape
-    both = x @ gate_up.reshape(width, 2 * ff)
-    gate, up = both[..., :ff], both[..., ff:]
-    return (jax.nn.gelu(gate, approximate=True) * up) @ down
+    return project(_geglu(project(x, gate_up)), down)
+
+
+@jax.custom_vjp
+def _geglu(gate_up: Float[Array, "batch time two ff"]) -> Float[Array, "batch time ff"]:
+    return jax.nn.gelu(gate_up[:, :, 0], approximate=True) * gate_up[:, :, 1]
+
+
+def _geglu_backward(gate_up: Array, gradient: Array) -> tuple[Array]:
+    """Both gradients written once: those of two slices would be two padded arrays added up."""
+    gelu, pull_back = jax.vjp(partial(jax.nn.gelu, approximate=True), gate_up[:, :, 0])
+    return (jnp.stack([pull_back(gradient * gate_up[:, :, 1])[0], gradient * gelu], axis=2),)
+
+
+_geglu.defvjp(lambda gate_up: (_geglu(gate_up), gate_up), _geglu_backward)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rlhf.config import config
 from rlhf.errors import ConfigError
 from rlhf.sampling.evaluate import evaluate_prompts, interval
 from rlhf.train.checkpoint import read_record
-from rlhf.train.update import measure_all
+from rlhf.train.update import measure, measure_all
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ class Evaluate:
     reference: checkpoint that algorithms with a reference compare with; none takes what the run of model.checkpoint
         started from.
 
-    Writes `evaluation.json` (each number with n, shares with a 95 % interval) and `rows.jsonl` (each answer) into the
-    run's folder.
+    Writes into the run's folder: `evaluation.json` (each number with n, shares with a 95 % interval), `rows.jsonl`
+    (each answer) and `scored.jsonl` (each held-out row's own loss and metrics).
     """
 
     reference: str | None = None
@@ -71,12 +72,26 @@ class Evaluate:
         start = self._start(experiment) if algorithm.needs_reference else {}
         runtime = experiment.runtime(start, None, held_out)
         prepared = algorithm.prepare(runtime, parameters, held_out, jax.random.key(experiment.settings.seed))
-        measured: dict[str, Any] = measure_all(parameters, prepared, algorithm, experiment.model)
         n = len(held_out["row"])
+        if algorithm.needs_whole_batch:
+            measured: dict[str, Any] = measure_all(parameters, prepared, algorithm, experiment.model)
+        else:
+            measured = self._by_row(experiment, parameters, prepared)
         if "rewards/accuracies" in measured:
             low, high = interval(round(measured["rewards/accuracies"] * n), n)
             measured |= {"rewards/accuracies_low": low, "rewards/accuracies_high": high}
         return {**measured, "n_scored": n}
+
+    def _by_row(self, experiment: Experiment, parameters: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
+        """Every row alone, kept in `scored.jsonl`; a metric is the mean of its values there."""
+        rows = []
+        for place, number in enumerate(prepared["row"].tolist()):
+            one = {name: x[place : place + 1] if x.ndim else x for name, x in prepared.items()}
+            values = measure(parameters, one, experiment.settings.algorithm, model=experiment.model)
+            rows.append({"row": number} | {name: float(value) for name, value in values.items()})
+        with (experiment.folder / "scored.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if name != "row"}
 
     def _start(self, experiment: Experiment) -> dict[str, Any]:
         checkpoint = experiment.settings.model.checkpoint
@@ -84,6 +99,6 @@ class Evaluate:
             return experiment.load_or_draw(self.reference, 0)
         if checkpoint is None:
             return experiment.parameters
-        began = read_record(Path(checkpoint))["config"]
+        began = read_record(Path(checkpoint))
         log.info("reference: what %s started from", checkpoint)
-        return experiment.load_or_draw(began["model"]["checkpoint"], began["seed"])
+        return experiment.load_or_draw(began["started_from"], began["seed"])

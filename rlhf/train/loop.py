@@ -155,8 +155,8 @@ class Trainer:
         if metrics := self._held_out_metrics():
             self.writer.write(0, metrics, {})
             log.info("step 0/%d  %s", self.n_steps, format_held_out(metrics))
-        if self.job.settings.samples_every and self.job.sample:
-            self.samples.write(0, self.job.sample(self.params, 0))
+        if self.job.settings.samples_every:
+            self._sample(0)
         return metrics
 
     def _step(self, step: int) -> _Pending:
@@ -202,12 +202,20 @@ class Trainer:
             metrics |= self._held_out_metrics()
         if is_evaluated or _due(step, settings.log_every):  # whatever stops a run adds no row that it would not have
             self._write(step, metrics, times)
-        if _due(step, settings.samples_every) and self.job.sample:
-            self.samples.write(step, self.job.sample(self.params, step))
+        if _due(step, settings.samples_every):
+            self._sample(step)
         if is_last or is_stopped or _due(step, settings.checkpoint_every):
             self._save(step)
         self.finished = time.perf_counter()
         return metrics
+
+    def _sample(self, step: int) -> None:
+        """Sampled texts for `samples.jsonl` and the log."""
+        rows = self.job.sample(self.params, step) if self.job.sample else []
+        self.samples.write(step, rows)
+        for row in rows:
+            texts = (f"  {name}: {value}" for name, value in row.items() if name not in ("step", "row"))
+            log.info("sample of row %s\n%s", row.get("row"), "\n".join(texts))
 
     def _finish(self, pending: _Pending | None) -> dict[str, float]:
         """Fetch and log the numbers of a step that nothing else follows."""
