@@ -18,7 +18,11 @@ from rlhf.algorithms.base import Batch, Params, Runtime
 from rlhf.algorithms.reference_cache import CachedReference, cache_file, precompute
 from rlhf.config import Number, config, require_range
 
-MODEL_INPUTS = ("tokens", "segments", "positions")  # what a text model reads of a batch
+# what a text model reads of a batch, where it is there
+MODEL_INPUTS = (
+    *("tokens", "segments", "positions"),
+    *(f"joint_{name}" for name in ("tokens", "segments", "positions", "prefixes", "previous", "places")),
+)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -48,7 +52,7 @@ class LiveReference:
     def token_logprobs(self, batch: Batch) -> Float[Array, "..."]:
         """Log-probability of each token given those before it, in nats; same shape as `batch["tokens"]`."""
         n_rows = batch["tokens"].shape[0]
-        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         slices = [{k: v[at : at + self.rows] for k, v in inputs.items()} for at in range(0, n_rows, self.rows)]
         scored = [_token_logprobs(self.model, self.params, self.place(part)) for part in slices]
         return scored[0] if len(scored) == 1 else jnp.concatenate(scored)

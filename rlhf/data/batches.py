@@ -8,6 +8,7 @@
 | `positions` | int32 | [batch, time] | from 0 in every segment |
 | `row` | int32 | [batch] | index of the (first) example in the dataset; -1: a row that only fills up the batch |
 | `is_desirable` | bool | [batch] | unpaired: the answer is a good one |
+| `joint_tokens` ... | | | preferences: the pair in one row (`joint.py`) |
 | `kl_tokens` ... | | [batch, time] | unpaired: the row's prompt with another row's answer; same four arrays |
 
 Preferences have a second axis of two, chosen and rejected: `tokens` is [batch, 2, time].
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rlhf.data.encode import Examples, TokenRow
+from rlhf.data.joint import join
 from rlhf.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
@@ -100,6 +102,9 @@ def _collate(examples: Examples, packs: Sequence[tuple[int, ...]], batch_size: i
                 _write(batch, (place, side), [examples.sequences[pack[0]][side]])
         else:
             _write(batch, (place,), [examples.sequences[index][0] for index in pack])
+    if examples.n_joint is not None:
+        pairs = [(chosen.tokens, rejected.tokens) for chosen, rejected in (examples.sequences[p[0]] for p in packs)]
+        batch |= join(pairs, examples.n_joint, examples.n_time, batch_size, examples.pad)
     if examples.form == "unpaired":
         batch["is_desirable"] = np.zeros(batch_size, bool)
         batch["is_desirable"][: len(packs)] = [examples.is_desirable[pack[0]] for pack in packs]

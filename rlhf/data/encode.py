@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from rlhf.data import joint
 from rlhf.data.examples import Conversation, Example, Form, Judged, Preference, Question
 from rlhf.data.packing import pack
 from rlhf.data.truncate import shorten
@@ -34,6 +35,8 @@ class Settings(Protocol):
     def loss_on(self) -> str: ...
     @property
     def packing(self) -> bool: ...
+    @property
+    def share_prompt(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Examples:
     is_desirable: of the form "unpaired": one for each example.
     sources: one for each example.
     n_time: length of the time axis of every batch.
+    n_joint: of a preference's row that holds what chosen and rejected begin with once (`joint.py`); None: none is made.
     pad: the token that fills it.
     n_dropped, n_truncated: examples longer than max_length that were left out, or cut.
     fingerprint: changes when any token, mask or the packing does; kept beside checkpoints.
@@ -91,6 +95,7 @@ class Examples:
     is_desirable: list[bool]
     sources: list[Source]
     n_time: int
+    n_joint: int | None
     pad: int
     n_dropped: int
     n_truncated: int
@@ -196,6 +201,7 @@ def _assemble(
         if isinstance(example, Question)
     ]
     is_desirable = [example.is_desirable for _, example in kept if isinstance(example, Judged)]
+    n_time = min(settings.max_length, _rounded(longest))
     return Examples(
         form=form,
         sequences=rows,
@@ -203,12 +209,23 @@ def _assemble(
         prompts=prompts,
         is_desirable=is_desirable,
         sources=[source for source, _ in kept],
-        n_time=min(settings.max_length, -(-longest // ROUND_TO) * ROUND_TO),
+        n_time=n_time,
+        n_joint=_joint_time(rows, n_time) if settings.share_prompt and form == "preference" else None,
         pad=tokenizer.pad,
         n_dropped=n_long[0],
         n_truncated=n_long[1],
         fingerprint=_fingerprint(form, rows, packs, is_desirable),
     )
+
+
+def _rounded(n_tokens: int) -> int:
+    return -(-n_tokens // ROUND_TO) * ROUND_TO
+
+
+def _joint_time(rows: list[tuple[TokenRow, ...]], n_time: int) -> int | None:
+    """The time axis of rows that hold both answers of a pair, where they are short enough to be worth it."""
+    n_joint = _rounded(max(joint.joint_length((chosen.tokens, rejected.tokens)) for chosen, rejected in rows))
+    return n_joint if n_joint <= joint.WORTH * 2 * n_time else None
 
 
 def _fingerprint(
@@ -240,6 +257,13 @@ def _report(examples: Examples, settings: Settings, name: str) -> None:
         name, len(examples), examples.form, n_tokens, sum(int(row.is_answer.sum()) for row in flat),
         max(len(row.tokens) for row in flat), examples.n_time,
     )  # fmt: skip
+    if examples.n_joint is not None:
+        log.info(
+            "%s: prompts are run once for both answers: %d tokens a pair, not 2 × %d",
+            name,
+            examples.n_joint,
+            examples.n_time,
+        )
     if len(examples.packs) < len(examples):
         filled = n_tokens / (len(examples.packs) * examples.n_time)
         log.info("%s: packed into %d rows, %.0f %% filled", name, len(examples.packs), 100 * filled)

@@ -165,12 +165,13 @@ class Gemma3:
         tokens: Int[Array, "batch time"],
         segments: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
+        prefixes: Int[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch time width"]:
-        """Hidden states after the final norm. Segment 0 is padding; tokens see only their own segment."""
+        """Hidden states after the final norm. Segment 0 is padding; tokens see their own segment and its prefix."""
         a = self.architecture
         local_rope, global_rope = self.rope(positions)
-        local_mask = attention_mask(positions, segments, positions, segments, a.window)
-        global_mask = attention_mask(positions, segments, positions, segments)
+        local_mask = attention_mask(positions, segments, positions, segments, a.window, prefixes)
+        global_mask = attention_mask(positions, segments, positions, segments, None, prefixes)
 
         def run(x, layer, is_global):
             rope, mask = _choose(is_global, (global_rope, global_mask), (local_rope, local_mask))
@@ -189,6 +190,8 @@ class Gemma3:
 
     def _scored(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
         """Score every token but the first of each segment; the others get 0."""
+        if "joint_tokens" in batch:
+            return self._scored_jointly(params, batch, temperature, score)
         tokens, segments, positions = (batch[k] for k in ("tokens", "segments", "positions"))
         shape = tokens.shape
         tokens, segments, positions = (jnp.asarray(x).reshape(-1, shape[-1]) for x in (tokens, segments, positions))
@@ -203,10 +206,28 @@ class Gemma3:
 
         return jax.tree.map(spread, scores)
 
+    def _scored_jointly(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
+        """The same numbers from rows in which sequences that begin alike share their beginning."""
+        parts = (jnp.asarray(batch[f"joint_{name}"]) for name in ("tokens", "segments", "positions", "prefixes"))
+        tokens, segments, positions, prefixes = parts
+        previous, places = jnp.asarray(batch["joint_previous"]), jnp.asarray(batch["joint_places"])
+        hidden = self.hidden(params, tokens, segments, positions, prefixes)
+        before = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[:, :, None], axis=1)
+        embedding = params["model"]["embedding"].astype(self.compute_dtype)
+        scores = score(before.reshape(-1, hidden.shape[-1]), embedding, tokens.reshape(-1), temperature)
+
+        def spread(values):
+            values = jnp.where(previous >= 0, values.reshape(tokens.shape), 0.0)
+            found = jnp.take_along_axis(values, jnp.maximum(places, 0).reshape(places.shape[0], -1), axis=1)
+            return jnp.where(places >= 0, found.reshape(places.shape), 0.0)
+
+        return jax.tree.map(spread, scores)
+
     def token_logprobs(self, params: Tree, batch: Tree, temperature: Number = 1.0) -> Float[Array, "*rows time"]:
         """Log-probability (nats) of each token given those before it in its segment.
 
-        batch: `tokens`, `segments`, `positions`, each [..., time]. 0 for the first token of a segment and for padding.
+        batch: `tokens`, `segments`, `positions`, each [..., time]; with `joint_…` (see `rlhf.data.joint`) the same is
+            computed from rows that hold a shared beginning once. 0 for the first token of a segment and for padding.
         """
         return self._scored(params, batch, temperature, target_logprobs)
 

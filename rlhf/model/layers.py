@@ -44,14 +44,18 @@ def attention_mask(
     key_positions: Int[Array, "batch keys"],
     key_segments: Int[Array, "batch keys"],
     window: int | None = None,
+    prefixes: Int[Array, "batch queries"] | None = None,
 ) -> Bool[Array, "batch queries keys"]:
     """Who sees whom: keys of the same segment, not later, and with a window only the query and window - 1 before it.
 
-    Segment 0 is padding: it sees nothing and is not seen.
+    Segment 0 is padding: it sees nothing and is not seen. prefixes: a second segment that a query sees, whose
+    continuation its own is (0: none).
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    same = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
-    visible = same & (distance >= 0)
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    if prefixes is not None:
+        same |= prefixes[:, :, None] == key_segments[:, None, :]
+    visible = same & (key_segments[:, None, :] > 0) & (distance >= 0)
     return visible if window is None else visible & (distance < window)
 
 

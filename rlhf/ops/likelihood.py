@@ -26,7 +26,7 @@ class NegativeLogLikelihood(TokenLoss):
 
 @config
 class Dynamic(TokenLoss):
-    """-p log p with p held constant: dynamic fine-tuning (Wu et al., 2025), which undoes likelihood's weight of 1 / p."""
+    """-p log p with p held constant: dynamic fine-tuning (Wu et al., 2025); it undoes likelihood's weight 1 / p."""
 
     def __call__(self, logprobs):
         return -jax.lax.stop_gradient(jnp.exp(logprobs)) * logprobs

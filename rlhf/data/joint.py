@@ -1,0 +1,65 @@
+"""Pairs that begin alike, in one row: beginning, rest of the chosen, rest of the rejected; the beginning is run once.
+
+| key | of | |
+|---|---|---|
+| `joint_tokens`, `joint_segments`, `joint_positions` | [pairs, joint] | as in `batches.py`; segments: 1 the beginning, 2 chosen, 3 rejected |
+| `joint_prefixes` | [pairs, joint] | the segment that a token sees besides its own: 1 for 2 and 3 |
+| `joint_previous` | [pairs, joint] | place of the token before it, from whose hidden state it is predicted; -1: none |
+| `joint_places` | [pairs, 2, time] | where in the row each token of the pair is; -1: padding |
+"""  # noqa: E501
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+WORTH = 0.7  # of the separate rows' tokens: attention over one long row costs more than over two short ones
+
+Pair = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # chosen, rejected
+
+
+def n_shared(pair: Pair) -> int:
+    """Tokens that both sequences begin with."""
+    shorter = min(map(len, pair))
+    differs = np.flatnonzero(pair[0][:shorter] != pair[1][:shorter])
+    return int(differs[0]) if len(differs) else shorter
+
+
+def joint_length(pair: Pair) -> int:
+    """Tokens of the row that holds both."""
+    return len(pair[0]) + len(pair[1]) - n_shared(pair)
+
+
+def join(pairs: Sequence[Pair], n_joint: int, n_time: int, batch_size: int, pad: int) -> dict[str, np.ndarray]:
+    """The arrays above for a batch; rows past the given pairs are empty."""
+    batch = {
+        f"joint_{name}": np.zeros((batch_size, n_joint), np.int32) for name in ("segments", "positions", "prefixes")
+    }
+    batch["joint_tokens"] = np.full((batch_size, n_joint), pad, np.int32)
+    batch["joint_previous"] = np.full((batch_size, n_joint), -1, np.int32)
+    batch["joint_places"] = np.full((batch_size, 2, n_time), -1, np.int32)
+    for row, pair in enumerate(pairs):
+        shared = n_shared(pair)
+        _write(batch, row, 1, pair[0][:shared], at=0, first=0)
+        batch["joint_places"][row, :, :shared] = np.arange(shared)
+        at = shared
+        for side, tokens in enumerate(pair):
+            n_rest = len(tokens) - shared
+            _write(batch, row, 2 + side, tokens[shared:], at=at, first=shared)
+            batch["joint_places"][row, side, shared : len(tokens)] = np.arange(at, at + n_rest)
+            at += n_rest
+    return batch
+
+
+def _write(batch: dict[str, np.ndarray], row: int, segment: int, tokens: np.ndarray, at: int, first: int) -> None:
+    """One segment at place `at`, whose first token has position `first`."""
+    n = len(tokens)
+    if not n:
+        return
+    part = np.s_[row, at : at + n]
+    batch["joint_tokens"][part] = tokens
+    batch["joint_segments"][part] = segment
+    batch["joint_positions"][part] = np.arange(first, first + n)
+    batch["joint_prefixes"][part] = 1 if segment > 1 else 0
+    batch["joint_previous"][part] = np.arange(at - 1, at + n - 1)
+    batch["joint_previous"][row, at] = first - 1  # the end of the beginning, or -1 at the very start
