@@ -34,7 +34,7 @@ class Dataset:
         then its oldest tokens, the answer its end, without an end-of-turn token that was not there.
     loss_on: which tokens of a conversation are trained on: every answer, the last one, or all tokens.
     packing: whether several conversations share a row of max_length tokens (without seeing each other).
-    share_prompt: whether what chosen and rejected answer begin with is run once for both, where that saves three tenths.
+    share_prompt: whether what both answers of a pair begin with is run once, where that saves three tenths.
     on_bad_row: whether a row that can't be used is an error or is left out and counted.
     limit: use at most so many training rows, the first ones; null: all.
     eval_limit: the same for evaluation.

@@ -87,11 +87,14 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def place_rows(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """A batch on the devices: every array split by rows, scalars on each."""
+    """A batch on the devices: every array split by rows, scalars on each; so are rows that don't divide evenly, such
+    as the last of a held-out set."""
     if mesh is None:
         return {name: jnp.asarray(x) for name, x in batch.items()}
+    n_parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def of(x):
-        return NamedSharding(mesh, PartitionSpec(("data", "fsdp")) if x.ndim else PartitionSpec())
+        is_split = x.ndim and x.shape[0] % n_parts == 0
+        return NamedSharding(mesh, PartitionSpec(("data", "fsdp")) if is_split else PartitionSpec())
 
     return {name: jax.device_put(x, of(x)) for name, x in batch.items()}

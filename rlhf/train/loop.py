@@ -262,7 +262,7 @@ class Trainer:
             prepared = self.algorithm.prepare(job.runtime, self.params, job.held_out, jax.random.key(job.seed))
             job.runtime.memory.clear()
             job.runtime.memory.update(memory)
-            metrics = measure_all(self.params, prepared, self.algorithm, job.model, self.measure)
+            metrics = measure_all(self.params, prepared, self.algorithm, job.model, self.measure, job.mesh)
         if job.evaluate is not None:
             metrics |= job.evaluate(self.params)
         return {f"val/{name}": value for name, value in metrics.items()}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf.model.sharding import place_rows
 from rlhf.train.guard import TraceCounter
 
 Tree = Any
@@ -100,13 +101,15 @@ def eager_measure(params: Tree, batch: Tree, algorithm: Any, *, model: Any) -> T
 measure = jax.jit(eager_measure, static_argnames=("model",))
 
 
-def measure_all(params: Tree, batch: Tree, algorithm: Any, model: Any, run: Any = measure) -> dict[str, float]:
+def measure_all(
+    params: Tree, batch: Tree, algorithm: Any, model: Any, run: Any = measure, mesh: Any = None
+) -> dict[str, float]:
     """`measure` over a prepared set of any size, `microbatch_size` rows at a time; every row weighs the same."""
     n_rows, size = len(batch["row"]), algorithm.microbatch_size
     sums: dict[str, list[tuple[int, Any]]] = {}
     for start in range(0, n_rows, size):
         part = {name: x[start : start + size] if x.ndim else x for name, x in batch.items()}
-        for name, value in run(params, part, algorithm, model=model).items():
+        for name, value in run(params, place_rows(part, mesh), algorithm, model=model).items():
             sums.setdefault(name, []).append((len(part["row"]), value))
     return {name: _weighted(name, parts) for name, parts in sums.items()}
 
