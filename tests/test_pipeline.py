@@ -1,6 +1,8 @@
 """Pipelines: stages that start from each other, each a normal run in a folder of its own."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -142,8 +144,29 @@ def test_resume_skips_what_is_finished_and_goes_on_with_what_is_not(command, wor
     for stage in ("sft", "dpo"):
         assert metrics(tmp_path / "run" / stage) == metrics(tmp_path / "whole" / stage)
     assert_same_parameters(tmp_path / "run" / "dpo", tmp_path / "whole" / "dpo")
-    shown, whole = (text[text.index("stage ") :] for text in (done.output, done.output))
-    assert shown == whole
+
+
+def test_a_stopped_pipeline_says_how_to_go_on(command, words, tmp_path, monkeypatch):
+    from rlhf.algorithms.dpo import DPO
+
+    prepare, calls = DPO.prepare, []
+
+    def stops(self, *arguments):
+        calls.append(0)
+        if len(calls) == 3:  # held-out rows, then the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DPO, "prepare", stops)
+        stopped = command(*words)
+    assert stopped.code == 143
+    assert f"the pipeline stopped in stage 2/2 dpo; go on with resume={tmp_path / 'run'}" in stopped.output
+    assert not (tmp_path / "run" / "dpo" / "stage.json").exists()
+    done = command(*words[:-1], "resume=run")
+    assert done.code == 0, done.output
+    assert [row["step"] for row in metrics(tmp_path / "run" / "dpo")] == [0, 1, 2, 3]
+    assert "going on after step 2" in (tmp_path / "run" / "dpo" / "log.txt").read_text()
 
 
 def test_another_override_is_refused_on_resume(command, words, tmp_path):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+# a reference that follows the policy is in the checkpoint, beside parameters and optimizer
 WORDS = [
+    "algorithm=tr_dpo", "algorithm.reference.every=3",
     "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16",
     "dataset.n_train=60", "dataset.n_eval=16", "trainer.eval_rows=8",
-    "evaluation.rows=4", "evaluation.max_new_tokens=4",
+    "evaluation.rows=2", "evaluation.max_new_tokens=4",
     "algorithm.batch_size=8", "algorithm.microbatch_size=4", "algorithm.learning_rate=1e-3",
     "trainer.epochs=null", "trainer.max_steps=20", "trainer.log_every=3", "trainer.eval_every=5",
     "trainer.samples_every=4", "trainer.n_samples=2", "trainer.checkpoint_every=2",
@@ -24,7 +26,6 @@ LAST = 20
 # rows of metrics.jsonl: the start, every third step, those with held-out metrics, the last
 STEPS = [0, 3, 5, 6, 9, 10, 12, 15, 18, 20]
 SAMPLED = [0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20]
-CHOICES = {"sft": ["algorithm=sft"], "tr_dpo": ["algorithm=tr_dpo", "algorithm.reference.every=3"]}
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,10 @@ def run(place: Path, *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(place):
-    """The folder of a run of each kind that nothing interrupted."""
-    runs = [start(place, *WORDS, *words, f"hydra.run.dir={name}") for name, words in CHOICES.items()]
-    for code, output in [finish(process) for process in runs]:
-        assert code == 0, output
-    return place
+def whole(place) -> Path:
+    """The folder of a run that nothing interrupted."""
+    run(place, *WORDS, "hydra.run.dir=whole")
+    return place / "whole"
 
 
 def wait_for(process: subprocess.Popen, condition) -> None:
@@ -82,9 +81,9 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in found]
 
 
-def arrays(folder: Path) -> dict[str, bytes]:
-    """The bytes of every array of the last checkpoint: parameters, optimizer, counters, memory."""
-    place = folder / "checkpoints" / f"step_{LAST}" / "arrays"
+def arrays(folder: Path, step: int = LAST) -> dict[str, bytes]:
+    """The bytes of every array of a checkpoint: parameters, optimizer, counters, memory."""
+    place = folder / "checkpoints" / f"step_{step}" / "arrays"
     files = [path for path in place.rglob("*") if path.is_file() and path.name != "_sharding"]
     return {str(path.relative_to(place)): path.read_bytes() for path in files}
 
@@ -101,63 +100,54 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def test_killed_again_and_again(whole):
+def test_killed_again_and_again(place, whole):
     rng = random.Random(0)
-    folder = whole / "killed"
+    folder = place / "killed"
     moments = {
-        "before the first checkpoint": lambda: n_rows(folder) >= 1,
+        "before its first step": lambda: (folder / "config.json").exists(),
         "while a checkpoint is written": lambda: any(folder.glob("checkpoints/*.partial")),
         "some steps later": lambda: n_rows(folder) >= 5,
         "near the end": lambda: n_rows(folder) >= 8,
     }
-    words = [*WORDS, *CHOICES["tr_dpo"], f"hydra.run.dir={folder}", "resume=auto"]
+    words = [*WORDS, f"hydra.run.dir={folder}", "resume=auto"]
     for moment, is_reached in moments.items():
-        process = start(whole, *words)
+        process = start(place, *words)
         wait_for(process, is_reached)
-        time.sleep(rng.uniform(0, 0.1) if "step" in moment else 0)
+        time.sleep(rng.uniform(0, 0.1) if moment == "some steps later" else 0)
         process.kill()
         code, output = finish(process)
         assert code == -signal.SIGKILL, f"ended before it was killed {moment}:\n{output}"
-    output = run(whole, *words)
-    assert "going on after step" in output
-    assert_same_run(folder, whole / "tr_dpo")
+        if moment == "before its first step":
+            assert not any(folder.glob("checkpoints/step_*"))
+    assert "going on after step" in run(place, *words)
+    assert "starting at step 0" in (folder / "log.txt").read_text()
+    assert_same_run(folder, whole)
 
 
-def test_killed_before_its_first_step_it_starts_anew(whole):
-    folder = whole / "early"
-    words = [*WORDS, *CHOICES["sft"], f"hydra.run.dir={folder}", "resume=auto"]
-    process = start(whole, *words)
-    wait_for(process, lambda: (folder / "config.json").exists())
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
-    assert not any(folder.glob("checkpoints/step_*"))
-    assert "starting at step 0" in run(whole, *words)
-    assert_same_run(folder, whole / "sft")
-
-
-def test_sigterm_saves_and_says_how_to_go_on(whole):
-    process = start(whole, *WORDS, *CHOICES["sft"], "hydra.run.dir=stopped")
-    wait_for(process, lambda: n_rows(whole / "stopped") >= 4)
+def test_sigterm_saves_and_says_how_to_go_on(place, whole):
+    folder = place / "stopped"
+    process = start(place, *WORDS, "hydra.run.dir=stopped")
+    wait_for(process, lambda: n_rows(folder) >= 4)
     process.terminate()
     code, output = finish(process)
     assert code == 143, output
     assert "SIGTERM: stopping after this step" in output
     (stopped,) = [line for line in output.splitlines() if "checkpoint written; go on with" in line]
     step = int(stopped.partition("stopped after step ")[2].partition(",")[0])
-    assert stopped.endswith(f"go on with resume={whole / 'stopped'}")
+    assert stopped.endswith(f"go on with resume={folder}")
     assert 6 <= step < LAST
-    assert (whole / "stopped" / "checkpoints" / f"step_{step}").is_dir()
+    assert (folder / "checkpoints" / f"step_{step}").is_dir()
     # all that the run was started with lies in its folder
-    output = run(whole, "-cp", "stopped/.hydra", "-cn", "config", f"resume={whole / 'stopped'}")
+    output = run(place, "-cp", "stopped/.hydra", "-cn", "config", f"resume={folder}")
     assert f"going on after step {step} of" in output
-    assert_same_run(whole / "stopped", whole / "sft")
+    assert_same_run(folder, whole)
 
 
 @pytest.fixture
 def damaged(whole, tmp_path):
     """A finished run whose newest checkpoint has a flipped bit."""
     folder = tmp_path / "damaged"
-    shutil.copytree(whole / "tr_dpo", folder)
+    shutil.copytree(whole, folder)
     file = next((folder / "checkpoints" / f"step_{LAST}" / "arrays" / "params.model.embedding").glob("0*"))
     content = bytearray(file.read_bytes())
     content[1000] ^= 4
@@ -165,27 +155,59 @@ def damaged(whole, tmp_path):
     return folder
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used_with_consent(whole, damaged):
-    words = [*WORDS, *CHOICES["tr_dpo"], f"resume={damaged}"]
-    code, output = finish(start(whole, *words))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used_with_consent(place, whole, damaged):
+    words = [*WORDS, f"resume={damaged}"]
+    code, output = finish(start(place, *words))
     assert code == 1
     newest, before = (damaged / "checkpoints" / f"step_{step}" for step in (LAST, LAST - 2))
     assert f"checkpoint {newest} is damaged" in output
     assert f"trainer.allow_older_checkpoint=true goes on from the one before, {before}" in output
     assert "Traceback" not in output
-    output = run(whole, *words, "trainer.allow_older_checkpoint=true")
+    output = run(place, *words, "trainer.allow_older_checkpoint=true")
     assert f"going on after step {LAST - 2} of" in output
     assert newest.with_suffix(".damaged").is_dir()
-    assert_same_run(damaged, whole / "tr_dpo")
+    assert_same_run(damaged, whole)
 
 
-def test_other_data_is_refused_with_the_run_that_has_it(whole, tmp_path):
-    shutil.copytree(whole / "sft", tmp_path / "run")
+def test_other_data_is_refused(command, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["dataset"]["n_train"] = 61  # as if the same files held other rows
+    config["hardware"]["compilation_cache"] = None
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    words = [*WORDS, *CHOICES["sft"], "dataset.n_train=61", f"resume={tmp_path / 'run'}"]
-    code, output = finish(start(whole, *words))
-    assert code == 1
-    assert "the data changed since" in output
-    assert "a run goes on only with the rows it began with" in output
+    done = command(*WORDS, "dataset.n_train=61", "resume=run")
+    assert done.code == 1
+    assert "the data changed since" in done.output
+    assert "a run goes on only with the rows it began with" in done.output
+
+
+def test_a_run_on_several_devices_goes_on_too(command, small, tmp_path):
+    mesh = [f"hardware.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    words = [
+        *small, *mesh, *WORDS[:2], "model.heads=4", "model.kv_heads=2", "trainer.max_steps=4",
+        "trainer.eval_rows=3", "evaluation.rows=0",  # three rows on four parts of the mesh
+    ]  # fmt: skip
+    assert command(*words, "hydra.run.dir=whole").code == 0
+    first = command(*words, "trainer.checkpoint_every=2", "hydra.run.dir=cut")
+    assert first.code == 0, first.output
+    assert "devices: 8 of 8 × cpu (cpu) as 2 data × 2 fsdp × 2 tensor" in first.output
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_4")
+    again = command(*words, "resume=cut")
+    assert again.code == 0, again.output
+    assert "going on after step 2 of" in again.output
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    found, expected = (arrays(tmp_path / name, 4) for name in ("cut", "whole"))
+    assert any(name.startswith("memory.reference") for name in expected)
+    assert found == expected
+
+
+def test_a_run_that_never_began_is_no_obstacle(command, small, tmp_path):
+    words = [*small, "trainer.max_steps=1", "hydra.run.dir=run"]
+    failed = command(*words, "dataset.max_length=16")
+    assert failed.code == 1
+    assert "more than dataset.max_length=16" in failed.output
+    assert (tmp_path / "run" / "config.json").exists()
+    mended = command(*words, "resume=auto")  # with or without resume
+    assert mended.code == 0, mended.output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"]["max_length"] == 128
+    assert command(*words).code == 1

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 
@@ -169,6 +171,44 @@ def test_a_misspelt_key_ends_a_sweep_before_its_first_run(command, words, tmp_pa
     assert done.code == 1
     assert "algorithm.betta: unknown key; did you mean algorithm.beta?" in done.output
     assert not list((tmp_path / "sweep").glob("*/metrics.jsonl"))
+
+
+def test_a_stopped_sweep_goes_on(command, words, tmp_path, monkeypatch):
+    from rlhf.algorithms.dpo import DPO
+
+    prepare, calls = DPO.prepare, []
+
+    def stops(self, *arguments):
+        calls.append(0)
+        if len(calls) == 7:  # two sets of held-out rows and three steps, then the same for the second run
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(self, *arguments)
+
+    sweep = ["-m", *words, "algorithm.beta=0.1,0.3,0.5", "hydra.sweep.dir=sweep"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DPO, "prepare", stops)
+        stopped = command(*sweep)
+    assert stopped.code == 143
+    assert f"checkpoint written; go on with resume={tmp_path / 'sweep' / '1'}" in stopped.output
+    assert [row["run"] for row in table(tmp_path / "sweep")] == ["0"]
+    assert not (tmp_path / "sweep" / "2").exists()
+    done = command(*sweep, "resume=auto")
+    assert done.code == 0, done.output
+    assert command(*sweep[:-1], "hydra.sweep.dir=whole").code == 0
+    for number in "012":
+        assert metrics(tmp_path / "sweep" / number) == metrics(tmp_path / "whole" / number)
+    assert "going on after step 1" in (tmp_path / "sweep" / "1" / "log.txt").read_text()
+    found, expected = table(tmp_path / "sweep"), table(tmp_path / "whole")
+    for row in found:
+        assert row.pop("resume") == "auto"
+    assert found == expected
+
+
+def test_another_seed_compiles_nothing(command, small, counted, tmp_path):
+    done = command("-m", *small, "seed=0,1", "evaluation.rows=0", "hydra.sweep.dir=sweep")
+    assert done.code == 0, done.output
+    assert guard.compilations() == counted["compiled"][1], str(guard.Recording(counted["compiled"][1]))
+    assert metrics(tmp_path / "sweep" / "0")[0] != metrics(tmp_path / "sweep" / "1")[0]
 
 
 def test_other_data_or_weights_are_loaded_again(command, words, counted, tmp_path):

@@ -36,14 +36,6 @@ def cache_file(folder: Path, key: Mapping[str, str]) -> Path:
     return folder / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
 
-def _views(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The sequences of a batch, and KTO's mismatched ones beside them."""
-    names = ("tokens", "segments", "positions")
-    yield {name: batch[name] for name in names}
-    if "kl_tokens" in batch:
-        yield {name: batch[f"kl_{name}"] for name in names}
-
-
 def _sequences(batch: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray, int]]:
     """(index, where it has tokens, digest of its tokens) of each sequence of [..., time] arrays."""
     tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segments"])
@@ -64,9 +56,8 @@ def precompute(reference: Scorer, batches: Iterable[dict[str, Any]], path: Path,
     """Score every sequence of `batches` once and write the file `path`, whole or not at all."""
     found: dict[int, np.ndarray] = {}
     for batch in batches:
-        for view in _views(batch):
-            logprobs = np.asarray(reference.token_logprobs(view), np.float32)
-            found.update((digest, logprobs[index][is_token]) for index, is_token, digest in _sequences(view))
+        logprobs = np.asarray(reference.token_logprobs(batch), np.float32)
+        found.update((digest, logprobs[index][is_token]) for index, is_token, digest in _sequences(batch))
     arrays: dict[str, np.ndarray] = {
         "digests": np.fromiter(found, np.uint64, len(found)),
         "lengths": np.fromiter(map(len, found.values()), np.int32, len(found)),
@@ -135,15 +126,14 @@ class CachedReference:
         return dataclasses.replace(cached, scorer=scorer.with_params({}))
 
     def _check(self, scorer: Scorer, sample: dict[str, Any]) -> None:
-        for view in _views(sample):
-            stored, computed = self.token_logprobs(view), np.asarray(scorer.token_logprobs(view))
-            n_tokens = max(int((np.asarray(view["segments"]) > 0).sum()), 1)
-            difference = float(np.abs(stored - computed).sum() / n_tokens)
-            if not difference <= TOLERANCE:
-                raise CheckpointError(
-                    f"{self.path} does not hold this reference's log-probabilities: rows computed again differ by "
-                    f"{difference:.3g} nats per token (at most {TOLERANCE:g} is noise); delete it"
-                )
+        stored, computed = self.token_logprobs(sample), np.asarray(scorer.token_logprobs(sample))
+        n_tokens = max(int((np.asarray(sample["segments"]) > 0).sum()), 1)
+        difference = float(np.abs(stored - computed).sum() / n_tokens)
+        if not difference <= TOLERANCE:
+            raise CheckpointError(
+                f"{self.path} does not hold this reference's log-probabilities: rows computed again differ by "
+                f"{difference:.3g} nats per token (at most {TOLERANCE:g} is noise); delete it"
+            )
 
     def with_params(self, params: dict[str, Any]) -> Scorer:
         """The model itself with other weights, such as the policy's."""

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf.errors import ConfigError
@@ -60,14 +59,20 @@ def spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A sharding for each array (or shape) of a tree whose last path parts are parameter names."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, spec(path, x.shape, mesh)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec(path, getattr(x, "shape", ()), mesh)), tree
+    )
 
 
 def with_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shapes that say where their arrays go."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh)
-    )
+    """Shapes that say where their arrays go; leaves that are no shapes of device arrays stay as they are."""
+
+    def of(x, where):
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type)
+
+    return jax.tree.map(of, tree, shardings(tree, mesh))
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
@@ -90,7 +95,7 @@ def place_rows(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """A batch on the devices: every array split by rows, scalars on each; so are rows that don't divide evenly, such
     as the last of a held-out set."""
     if mesh is None:
-        return {name: jnp.asarray(x) for name, x in batch.items()}
+        return {name: jax.device_put(x) for name, x in batch.items()}
     n_parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def of(x):

@@ -165,7 +165,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(job.seed), step)
         batch = job.batches[step]
         rows = batch["row"]
-        batch = algorithm.prepare(job.runtime, self.params, place_rows(batch, job.mesh), key)
+        batch = algorithm.prepare(job.runtime, self.params, batch, key)
         n_updates = jnp.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
         metrics = []
         for part in _minibatches(batch, algorithm, jax.random.fold_in(key, 1)):

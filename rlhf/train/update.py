@@ -18,8 +18,17 @@ Tree = Any
 
 def initial_state(trainable: Tree, algorithm: Any) -> dict[str, Tree]:
     """What an update changes: `params` (trained components), `optimizer`, and counts of updates done and skipped."""
-    optimizer = algorithm.optimizer.transform(algorithm.learning_rate).init(trainable)
+    on_one_device = len(jax.tree.leaves(trainable)[0].sharding.device_set) == 1
+    init = _compiled_init if on_one_device else _init  # one program, but it would lose how arrays are split
+    optimizer = init(algorithm, trainable)
     return {"params": trainable, "optimizer": optimizer, "n_updates": jnp.int32(0), "n_skipped": jnp.int32(0)}
+
+
+def _init(algorithm: Any, trainable: Tree) -> Tree:
+    return algorithm.optimizer.transform(algorithm.learning_rate).init(trainable)
+
+
+_compiled_init = jax.jit(_init)
 
 
 def _microbatches(batch: Tree, size: int) -> tuple[Tree, Tree]:

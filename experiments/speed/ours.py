@@ -1,0 +1,51 @@
+"""This project: the `rlhf` command, on a jsonl file of random words that are cut to 256 tokens a row."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import shape
+
+_WORDS = ("the", "of", "and", "to", "in", "is", "you", "that", "was", "for", "on", "are", "with", "as", "they", "be")
+
+
+def _text(draw: random.Random, n_words: int) -> str:
+    return " ".join(draw.choice(_WORDS) for _ in range(n_words))
+
+
+def write_rows(folder: Path) -> None:
+    """`sft.jsonl` and `dpo.jsonl`: 64 rows each, longer than 256 tokens of the embedded tokenizer."""
+    draw = random.Random(0)
+    with open(folder / "sft.jsonl", "w") as sft, open(folder / "dpo.jsonl", "w") as dpo:
+        for _ in range(64):
+            asked, answers = {"role": "user", "content": _text(draw, 10)}, [_text(draw, 400) for _ in range(2)]
+            dialogues = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
+            print(json.dumps({"messages": dialogues[0]}), file=sft)
+            print(json.dumps({"chosen": dialogues[0], "rejected": dialogues[1]}), file=dpo)
+
+
+def command(method: str, n_steps: int, rows: Path, out: Path, cache: Path) -> list[str]:
+    """The command line; nothing in it is special to a benchmark but the shape."""
+    model = {
+        "vocab_size": shape.VOCAB, "width": shape.WIDTH, "ff_width": shape.FF_WIDTH, "layers": shape.LAYERS,
+        "heads": shape.HEADS, "kv_heads": shape.KV_HEADS, "head_width": shape.HEAD_WIDTH, "window": shape.WINDOW,
+        "pattern": shape.PATTERN, "query_scale": shape.HEAD_WIDTH**-0.5,
+    }  # fmt: skip
+    overrides = {
+        "hydra.run.dir": out,
+        "hardware": "cpu",
+        "hardware.compilation_cache": cache,
+        "dataset": {"sft": "sft_jsonl", "dpo": "preference_jsonl"}[method],
+        "dataset.path": rows / f"{method}.jsonl",
+        "dataset.max_length": shape.TIME,
+        "dataset.on_long": "truncate",
+        "algorithm": method,
+        "algorithm.batch_size": shape.ROWS[method],
+        "algorithm.microbatch_size": shape.ROWS[method],
+        "algorithm.learning_rate": shape.LEARNING_RATE,
+        "trainer.max_steps": n_steps,
+        "trainer.epochs": 1000,
+    }
+    overrides |= {f"model.{key}": value for key, value in model.items()}
+    return [sys.executable, "-m", "rlhf", *(f"{key}={value}" for key, value in overrides.items())]

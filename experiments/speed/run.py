@@ -1,0 +1,187 @@
+"""Time this project and its peers on one tiny shape, interleaved: python experiments/speed/run.py --rounds 5
+
+Every run is a process of its own on the same two cores; it prints a line when a step is done, and the clock is read
+here. `start` is from the creation of the process to its first such line, `step` the median time between later ones.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ours
+
+HERE = Path(__file__).resolve().parent
+N_WARM_UP = 2  # steps that are not counted, after the first
+N_CORES = 2
+_STEP = re.compile(r"\bstep +\d+/\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    name: str
+    package: str
+    script: str
+    methods: tuple[str, ...]
+
+
+PEERS = (
+    Peer("transformers loop", "transformers", "transformers_peer.py", ("sft",)),
+    Peer("TRL", "trl", "trl_peer.py", ("sft", "dpo")),
+    Peer("Tunix", "tunix", "tunix_peer.py", ("sft", "dpo")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """start, step: seconds. memory: gigabytes resident at most. others: cores that other processes used meanwhile."""
+
+    start: float
+    step: float
+    memory: float
+    others: float
+
+
+def environment() -> dict[str, str]:
+    """The caller's, with two threads for each library. Byte code may be cached, as it is for any user."""
+    two_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(N_CORES))
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, **two_threads, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def busy_seconds() -> float:
+    """Processor time of the whole machine since it started, but for idling."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Until other processes use less than a quarter of a core for three seconds, or patience ends."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        before = busy_seconds()
+        time.sleep(3)
+        if busy_seconds() - before < 0.75:
+            return
+
+
+def time_process(command: list[str], folder: Path) -> Run:
+    """Run a contender and time its steps.
+
+    Raises:
+        RuntimeError: it failed; the message ends in what it printed last.
+    """
+    busy, started, at, printed = busy_seconds(), time.perf_counter(), [], []
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:N_CORES]),
+    )
+    for line in process.stdout:
+        printed.append(line)
+        if _STEP.search(line):
+            at.append(time.perf_counter())
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status or not at:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(printed[-15:])}")
+    steps = [b - a for a, b in itertools.pairwise(at)][N_WARM_UP:]
+    others = (busy_seconds() - busy - used.ru_utime - used.ru_stime) / seconds
+    step = statistics.median(steps) if steps else float("nan")
+    return Run(at[0] - started, step, used.ru_maxrss / 1e6, max(others, 0.0))
+
+
+def interpreter_with(package: str, interpreters: list[str]) -> str | None:
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return next((python for python in interpreters if subprocess.run([python, "-c", probe]).returncode == 0), None)
+
+
+def contenders(method: str, n_steps: int, interpreters: list[str], rows: Path) -> dict[str, list[str]]:
+    """Command lines of the peers that are installed, by name."""
+    found = {}
+    for peer in PEERS:
+        python = interpreter_with(peer.package, interpreters)
+        if method in peer.methods and python is None:
+            print(f"{peer.name}: skipped, no --peers-python has the package {peer.package}", flush=True)
+        elif method in peer.methods:
+            found[peer.name] = [python, str(HERE / peer.script), method, str(n_steps)]
+    return found
+
+
+def measure(method: str, args: argparse.Namespace, folder: Path) -> dict[str, list[Run]]:
+    peers = contenders(method, args.steps, args.peers_python, folder)
+    runs: dict[str, list[Run]] = {}
+    for number in range(args.rounds):
+        cache = folder / f"{method}_programs_{number}"
+        mine = {
+            name: ours.command(method, args.steps, folder, folder / f"{method}_{number}_{name.split()[-1]}", cache)
+            for name in ("rlhf, cold", "rlhf, warm")
+        }
+        for name, command in {**mine, **peers}.items():
+            wait_for_quiet(args.patience)
+            run = time_process(command, folder)
+            runs.setdefault(name, []).append(run)
+            print(f"  {method} round {number + 1} {name}: {json.dumps(dataclasses.asdict(run))}", flush=True)
+    return runs
+
+
+def table(method: str, runs: dict[str, list[Run]]) -> str:
+    """Medians over the rounds, with the ratio of our step and start to each contender's, round by round."""
+
+    def median(name, field):
+        return statistics.median(getattr(run, field) for run in runs[name])
+
+    def ratio(mine, name, field):
+        pairs = zip(runs[mine], runs[name], strict=True)
+        return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+
+    lines = [
+        f"| {method.upper()} | step, s | ours ÷ it | start to first step, s | ours cold ÷ it | peak memory, GB "
+        "| others, cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in runs:
+        lines.append(
+            f"| {name} | {median(name, 'step'):.3f} | {ratio('rlhf, warm', name, 'step'):.2f} "
+            f"| {median(name, 'start'):.1f} | {ratio('rlhf, cold', name, 'start'):.2f} "
+            f"| {median(name, 'memory'):.2f} | {median(name, 'others'):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
+    parser.add_argument("--steps", type=int, default=15, help="optimizer steps of each run")
+    parser.add_argument("--methods", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine before each run")
+    parser.add_argument(
+        "--peers-python", nargs="+", default=[], help="interpreters that have peers; the first with a package runs it"
+    )
+    args = parser.parse_args()
+    args.peers_python = [str(Path(python).absolute()) for python in args.peers_python]  # a link names its environment
+    if args.steps < N_WARM_UP + 3:
+        parser.error(f"--steps {args.steps} must be at least {N_WARM_UP + 3}: the first {N_WARM_UP + 1} don't count")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        ours.write_rows(folder)
+        print(
+            f"{sys.version.split()[0]}, {os.cpu_count()} cores, {args.rounds} rounds of {args.steps} steps", flush=True
+        )
+        print("\n\n".join(table(method, measure(method, args, folder)) for method in args.methods))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""TRL's SFTTrainer and DPOTrainer, float32, no gradient checkpointing: python trl_peer.py sft|dpo STEPS"""
+
+import copy
+import sys
+import tempfile
+
+import shape
+import trl
+from datasets import Dataset
+from torch_model import new_model, new_tokenizer, text
+from transformers import TrainerCallback
+
+
+class _SaySteps(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        shape.say_step(state.global_step, state.max_steps)
+
+
+def _settings(method: str, n_steps: int, folder: str) -> dict:
+    return {
+        "output_dir": folder,
+        "max_steps": n_steps,
+        "per_device_train_batch_size": shape.ROWS[method],
+        "learning_rate": shape.LEARNING_RATE,
+        "max_length": shape.TIME,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def _sft(n_steps: int, folder: str):
+    rows = Dataset.from_dict({"input_ids": shape.token_rows(64, shape.TIME, 0)})
+    args = trl.SFTConfig(**_settings("sft", n_steps, folder))
+    return trl.SFTTrainer(new_model(), args=args, train_dataset=rows, processing_class=new_tokenizer())
+
+
+def _dpo(n_steps: int, folder: str):
+    answer = shape.TIME - shape.PROMPT - 1  # an end token is added
+    parts = {"prompt": shape.PROMPT, "chosen": answer, "rejected": answer}
+    tokens = {name: shape.token_rows(64, length, seed) for seed, (name, length) in enumerate(parts.items())}
+    rows = Dataset.from_dict({name: [text(row) + " " * (name == "prompt") for row in tokens[name]] for name in tokens})
+    rows = rows.map(lambda row: {"chosen": row["chosen"] + " <eos>", "rejected": row["rejected"] + " <eos>"})
+    args = trl.DPOConfig(beta=shape.BETA, **_settings("dpo", n_steps, folder))
+    model = new_model()
+    reference = copy.deepcopy(model)
+    return trl.DPOTrainer(model, reference, args=args, train_dataset=rows, processing_class=new_tokenizer())
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = {"sft": _sft, "dpo": _dpo}[sys.argv[1]](int(sys.argv[2]), folder)
+        trainer.add_callback(_SaySteps())
+        trainer.train()
