@@ -4,6 +4,7 @@
 # make lint        ruff and mypy
 PYTHON ?= python3
 EXTRAS ?= dev
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -24,7 +25,7 @@ quickstart: setup
 	$(BIN)/rlhf pipeline=quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -56,15 +56,16 @@ def test_model_gives_the_same_numbers_and_gradients(form):
     batch = collate(examples, range(6))
     separate = {name: x for name, x in batch.items() if not name.startswith("joint_")}
     model = Gemma3(Architecture(tokenizer.n_vocab, 32, 48, 6, 2, 1, 16, 0.25, 24), **form)
-    params = {"model": model.initialise(jax.random.key(0))}
+    params = {"model": jax.jit(model.initialise)(jax.random.key(0))}
     weight = jnp.asarray(np.random.default_rng(0).normal(size=batch["tokens"].shape) * batch["is_answer"], jnp.float32)
 
     def total(p, rows):
         logprobs = model.token_logprobs(p, rows)
         return jnp.sum(weight * logprobs), logprobs
 
-    (_, ours), gradient = jax.value_and_grad(total, has_aux=True)(params, batch)
-    (_, theirs), expected = jax.value_and_grad(total, has_aux=True)(params, separate)
+    differentiate = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, ours), gradient = differentiate(params, batch)
+    (_, theirs), expected = differentiate(params, separate)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient, expected)

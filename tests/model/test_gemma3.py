@@ -25,7 +25,7 @@ def inputs(expected):
 def test_logits_equal_the_reference(reference):
     a, params, expected = reference
     tokens, segments, positions = inputs(expected)
-    logits = Gemma3(a).logits(params, tokens, segments, positions)
+    logits = jax.jit(Gemma3(a).logits)(params, tokens, segments, positions)
     np.testing.assert_allclose(np.where(segments[..., None] > 0, logits, 0), expected["logits"], atol=1e-4)
 
 
@@ -33,7 +33,7 @@ def test_token_logprobs_equal_the_reference(reference):
     a, params, expected = reference
     tokens, segments, positions = inputs(expected)
     batch = {"tokens": tokens, "segments": segments, "positions": positions}
-    np.testing.assert_allclose(Gemma3(a).token_logprobs(params, batch), expected["token_logprobs"], atol=1e-4)
+    np.testing.assert_allclose(jax.jit(Gemma3(a).token_logprobs)(params, batch), expected["token_logprobs"], atol=1e-4)
 
 
 def grad_norms(gradient: dict, a: Architecture) -> dict[str, float]:
@@ -88,7 +88,7 @@ SMALL = Architecture(
 
 def small(seed=0):
     model = Gemma3(SMALL)
-    params = {"model": model.initialise(jax.random.key(seed))}
+    params = {"model": jax.jit(model.initialise)(jax.random.key(seed))}
     norms = jax.tree_util.tree_map_with_path(
         lambda path, x: 0.3 * jax.random.normal(jax.random.key(7), x.shape) if path[-1].key.endswith("norm") else x,
         params,
@@ -101,10 +101,10 @@ def test_padding_on_either_side_changes_nothing():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 64, (1, 12)).astype(np.int32)
     plain = {"tokens": tokens, "segments": np.ones((1, 12), np.int32), "positions": np.arange(12, dtype=np.int32)[None]}
-    alone = np.asarray(model.token_logprobs(params, plain))[0]
+    alone = np.asarray(jax.jit(model.token_logprobs)(params, plain))[0]
     for left, right in [(0, 6), (6, 0), (3, 3)]:
         padded = {name: np.pad(x, ((0, 0), (left, right))) for name, x in plain.items()}
-        scores = np.asarray(model.token_logprobs(params, padded))[0]
+        scores = np.asarray(jax.jit(model.token_logprobs)(params, padded))[0]
         np.testing.assert_allclose(scores[left : left + 12], alone, atol=1e-5)
         assert not scores[:left].any()
         assert not scores[left + 12 :].any()
@@ -118,7 +118,7 @@ def test_packed_examples_equal_separate_ones():
     for part in parts:
         one = {"tokens": part[None], "segments": np.ones((1, len(part)), np.int32)}
         one["positions"] = np.arange(len(part), dtype=np.int32)[None]
-        separate.append(np.asarray(model.token_logprobs(params, one))[0])
+        separate.append(np.asarray(jax.jit(model.token_logprobs)(params, one))[0])
     packed = {
         "tokens": np.concatenate([*parts, [0, 0]])[None].astype(np.int32),
         "segments": np.concatenate([*(np.full(len(p), i + 1) for i, p in enumerate(parts)), [0, 0]])[None].astype(
@@ -126,7 +126,7 @@ def test_packed_examples_equal_separate_ones():
         ),
         "positions": np.concatenate([*(np.arange(len(p)) for p in parts), [0, 0]])[None].astype(np.int32),
     }
-    scores = np.asarray(model.token_logprobs(params, packed))[0]
+    scores = np.asarray(jax.jit(model.token_logprobs)(params, packed))[0]
     np.testing.assert_allclose(scores, np.concatenate([*separate, [0, 0]]), atol=1e-5)
 
 
@@ -134,13 +134,14 @@ def test_a_local_layer_sees_exactly_its_window():
     """One local layer: the last token is reached from window - 1 places before it and from no farther."""
     a = Architecture(**{**SMALL.__dict__, "layers": 1})
     model = Gemma3(a)
-    params = {"model": model.initialise(jax.random.key(0))}
+    params = {"model": jax.jit(model.initialise)(jax.random.key(0))}
     tokens = jnp.arange(1, 13, dtype=jnp.int32)[None]
     segments, positions = jnp.ones_like(tokens), jnp.arange(12, dtype=jnp.int32)[None]
-    before = np.asarray(model.logits(params, tokens, segments, positions))[0, -1]
+    logits = jax.jit(model.logits)
+    before = np.asarray(logits(params, tokens, segments, positions))[0, -1]
     moved = []
     for i in range(12):
-        after = np.asarray(model.logits(params, tokens.at[0, i].set(40), segments, positions))[0, -1]
+        after = np.asarray(logits(params, tokens.at[0, i].set(40), segments, positions))[0, -1]
         moved.append(bool(np.abs(after - before).max() > 1e-6))
     assert moved == [False] * 7 + [True] * 5
 
@@ -149,8 +150,8 @@ def test_bfloat16_compute_stays_near_float32():
     model, params = small()
     batch = {"tokens": np.arange(1, 25, dtype=np.int32)[None], "segments": np.ones((1, 24), np.int32)}
     batch["positions"] = np.arange(24, dtype=np.int32)[None]
-    exact = np.asarray(model.token_logprobs(params, batch))
-    rough = np.asarray(Gemma3(SMALL, compute_dtype="bfloat16").token_logprobs(params, batch))
+    exact = np.asarray(jax.jit(model.token_logprobs)(params, batch))
+    rough = np.asarray(jax.jit(Gemma3(SMALL, compute_dtype="bfloat16").token_logprobs)(params, batch))
     assert rough.dtype == np.float32
     assert 1e-6 < np.abs(rough - exact).max() < 0.2
 

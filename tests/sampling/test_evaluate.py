@@ -21,6 +21,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None
     row: int
+    fields: dict = dataclasses.field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
