@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import jax
 import pytest
 
 from rlhf import build
@@ -68,6 +69,7 @@ def counted(monkeypatch):
 
 def test_a_grid_of_betas_and_learning_rates(command, words, counted, tmp_path):
     grid = ["algorithm.beta=0.05,0.1,0.5", "algorithm.learning_rate=1e-6,1e-4"]
+    jax.clear_caches()  # other tests may have compiled the same programs
     with guard.record_compilations() as all_runs:
         done = command("-m", *words, *grid, "hydra.sweep.dir=sweep")
     assert done.code == 0, done.output

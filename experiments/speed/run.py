@@ -108,7 +108,7 @@ def interpreter_with(package: str, interpreters: list[str]) -> str | None:
     return next((python for python in interpreters if subprocess.run([python, "-c", probe]).returncode == 0), None)
 
 
-def contenders(method: str, n_steps: int, interpreters: list[str], rows: Path) -> dict[str, list[str]]:
+def contenders(method: str, n_steps: int, interpreters: list[str]) -> dict[str, list[str]]:
     """Command lines of the peers that are installed, by name."""
     found = {}
     for peer in PEERS:
@@ -121,7 +121,7 @@ def contenders(method: str, n_steps: int, interpreters: list[str], rows: Path) -
 
 
 def measure(method: str, args: argparse.Namespace, folder: Path) -> dict[str, list[Run]]:
-    peers = contenders(method, args.steps, args.peers_python, folder)
+    peers = contenders(method, args.steps, args.peers_python)
     runs: dict[str, list[Run]] = {}
     for number in range(args.rounds):
         cache = folder / f"{method}_programs_{number}"

@@ -301,23 +301,21 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(poison):
 
 
 def test_bfloat16_compute_with_float32_weights(params):
-    algorithm = SFT(**SIZES | {"microbatch_size": 8})
+    algorithm = SFT(**SIZES)
     batch = algorithm.prepare(Runtime(MODEL, None), params, conversations(16), jax.random.key(0))
     half = Gemma3(ARCHITECTURE, "bfloat16")
     traced = str(jax.make_jaxpr(half.token_logprobs)(params, batch))
     assert "bf16[16,48,32]" in traced  # the residual stream
     (full, exact), (rough, gradient) = (gradient_of(params, {}, batch, algorithm, model) for model in (MODEL, half))
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
     assert rough["loss"].dtype == jnp.float32
     assert float(rough["loss"]) == pytest.approx(float(full["loss"]), rel=5e-3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
     cosine = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, exact)), strict=True))
     cosine /= optax.tree.norm(gradient) * optax.tree.norm(exact)
     assert cosine > 0.99
-    small = jax.tree.map(jnp.float32, dataclasses.replace(algorithm, learning_rate=1e-5, schedule=Constant()))
-    state = initial_state(jax.tree.map(jnp.copy, params), small)
-    for _ in range(2):
-        state, _ = update(state, {}, batch, small, jnp.int32(9), model=half)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
-    moved = state["params"]["model"]["layers"]["query"] - params["model"]["layers"]["query"]
-    # Adam moves nearly every weight by about 1e-5 a step: in bfloat16 most would not have moved at all
-    assert float(jnp.mean((jnp.abs(moved) > 1e-6).astype(jnp.float32))) > 0.9
+    # Adam moves nearly every weight by about the learning rate: in bfloat16, where a step is 0.4 %, none would move
+    transform = algorithm.optimizer.transform(1e-5)
+    changes, _ = transform.update(gradient, transform.init(params), params)
+    moved = optax.apply_updates(params, changes)["model"]["layers"]["query"] - params["model"]["layers"]["query"]
+    assert moved.dtype == jnp.float32
+    assert float(jnp.mean((jnp.abs(moved) > 5e-6).astype(jnp.float32))) > 0.9
