@@ -42,10 +42,12 @@ PEERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """start, step: seconds. memory: gigabytes resident at most. others: cores that other processes used meanwhile."""
+    """start, step: seconds. processor: seconds of both cores together a step. memory: gigabytes resident at most.
+    others: cores that other processes used meanwhile."""
 
     start: float
     step: float
+    processor: float
     memory: float
     others: float
 
@@ -61,6 +63,12 @@ def busy_seconds() -> float:
     """Processor time of the whole machine since it started, but for idling."""
     fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")
+
+
+def used_seconds(process: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_quiet(patience: float) -> None:
@@ -79,7 +87,7 @@ def time_process(command: list[str], folder: Path) -> Run:
     Raises:
         RuntimeError: it failed; the message ends in what it printed last.
     """
-    busy, started, at, printed = busy_seconds(), time.perf_counter(), [], []
+    busy, started, at, used_at, printed = busy_seconds(), time.perf_counter(), [], [], []
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -93,14 +101,16 @@ def time_process(command: list[str], folder: Path) -> Run:
         printed.append(line)
         if _STEP.search(line):
             at.append(time.perf_counter())
+            used_at.append(used_seconds(process.pid))
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
-    if status or not at:
+    if status or len(at) < N_WARM_UP + 2:
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(printed[-15:])}")
-    steps = [b - a for a, b in itertools.pairwise(at)][N_WARM_UP:]
     others = (busy_seconds() - busy - used.ru_utime - used.ru_stime) / seconds
-    step = statistics.median(steps) if steps else float("nan")
-    return Run(at[0] - started, step, used.ru_maxrss / 1e6, max(others, 0.0))
+    step, processor = (
+        statistics.median([b - a for a, b in itertools.pairwise(clock)][N_WARM_UP:]) for clock in (at, used_at)
+    )
+    return Run(at[0] - started, step, processor, used.ru_maxrss / 1e6, max(others, 0.0))
 
 
 def interpreter_with(package: str, interpreters: list[str]) -> str | None:
@@ -147,17 +157,16 @@ def table(method: str, runs: dict[str, list[Run]]) -> str:
         pairs = zip(runs[mine], runs[name], strict=True)
         return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
 
-    lines = [
-        f"| {method.upper()} | step, s | ours ÷ it | start to first step, s | ours cold ÷ it | peak memory, GB "
-        "| others, cores |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        f"{method.upper()}|step, s|ours ÷ it|processor, s a step|ours ÷ it|start, s|ours cold ÷ it|memory, GB|others"
+    )
+    lines = ["| " + heads.replace("|", " | ") + " |", "|---" * 9 + "|"]
     for name in runs:
-        lines.append(
-            f"| {name} | {median(name, 'step'):.3f} | {ratio('rlhf, warm', name, 'step'):.2f} "
-            f"| {median(name, 'start'):.1f} | {ratio('rlhf, cold', name, 'start'):.2f} "
-            f"| {median(name, 'memory'):.2f} | {median(name, 'others'):.2f} |"
-        )
+        cells = [name]
+        for field, mine in (("step", "rlhf, warm"), ("processor", "rlhf, warm"), ("start", "rlhf, cold")):
+            cells += [f"{median(name, field):.2f}", f"{ratio(mine, name, field):.2f}"]
+        cells += [f"{median(name, field):.2f}" for field in ("memory", "others")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
