@@ -7,11 +7,14 @@
 | `segments` | int32 | [batch, time] | 0: padding; 1, 2, ...: the example, which sees itself alone |
 | `positions` | int32 | [batch, time] | from 0 in every segment |
 | `row` | int32 | [batch] | index of the (first) example in the dataset; -1: a row that only fills up the batch |
+| `images` | uint8 | [batch, slots, size, size, 3] | where a row of the batch has one; slots without are black |
+| `soft_tokens` | int32 | [batch, time] | with `images`: 1 + slot · tokens_per_image + j; 0: text |
 | `is_desirable` | bool | [batch] | unpaired: the answer is a good one |
 | `joint_tokens` ... | | | preferences: the pair in one row (`joint.py`) |
-| `kl_tokens` ... | | [batch, time] | unpaired: the row's prompt with another row's answer; same four arrays |
+| `kl_tokens` ... | | [batch, time] | unpaired: the row's prompt with another row's answer; the same arrays |
 
-Preferences have a second axis of two, chosen and rejected: `tokens` is [batch, 2, time].
+Preferences have a second axis of two, chosen and rejected: `tokens` is [batch, 2, time]; `images` are those of the
+prompt, once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +23,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rlhf.data.encode import Examples, TokenRow
+from rlhf.data.images import load_images
 from rlhf.data.joint import join
 from rlhf.errors import ConfigError
 
@@ -94,7 +98,12 @@ def collate(examples: Examples, rows: Int[np.ndarray, "batch"] | Sequence[int]) 
 
 
 def _collate(examples: Examples, packs: Sequence[tuple[int, ...]], batch_size: int) -> Batch:
-    batch = _empty(examples, batch_size)
+    shown = [[picture for index in pack for picture in examples.pictures[index]] for pack in packs]
+    has_images = any(shown)
+    batch = _empty(examples, batch_size, has_images)
+    if has_images and examples.vision is not None:
+        shown += [[]] * (batch_size - len(packs))
+        batch["images"] = load_images(shown, examples.n_slots, examples.vision.image_size)
     for place, pack in enumerate(packs):
         batch["row"][place] = pack[0]
         if examples.form == "preference":
@@ -103,18 +112,21 @@ def _collate(examples: Examples, packs: Sequence[tuple[int, ...]], batch_size: i
         else:
             _write(batch, (place,), [examples.sequences[index][0] for index in pack])
     if examples.n_joint is not None:
-        pairs = [(chosen.tokens, rejected.tokens) for chosen, rejected in (examples.sequences[p[0]] for p in packs)]
-        batch |= join(pairs, examples.n_joint, examples.n_time, batch_size, examples.pad)
+        sides = [examples.sequences[pack[0]] for pack in packs]
+        pairs = [(chosen.tokens, rejected.tokens) for chosen, rejected in sides]
+        soft_tokens = [chosen.soft_tokens for chosen, _ in sides] if has_images else None
+        batch |= join(pairs, examples.n_joint, examples.n_time, batch_size, examples.pad, soft_tokens)
     if examples.form == "unpaired":
         batch["is_desirable"] = np.zeros(batch_size, bool)
         batch["is_desirable"][: len(packs)] = [examples.is_desirable[pack[0]] for pack in packs]
-        batch |= _mismatched(examples, [pack[0] for pack in packs], batch_size)
+        batch |= _mismatched(examples, [pack[0] for pack in packs], batch_size, has_images)
     return batch
 
 
-def _empty(examples: Examples, batch_size: int) -> Batch:
+def _empty(examples: Examples, batch_size: int, has_images: bool) -> Batch:
     shape = (batch_size, 2, examples.n_time) if examples.form == "preference" else (batch_size, examples.n_time)
-    return {
+    soft_tokens = {"soft_tokens": np.zeros(shape, np.int32)} if has_images else {}
+    return soft_tokens | {
         "tokens": np.full(shape, examples.pad, np.int32),
         "is_answer": np.zeros(shape, bool),
         "segments": np.zeros(shape, np.int32),
@@ -124,33 +136,45 @@ def _empty(examples: Examples, batch_size: int) -> Batch:
 
 
 def _write(batch: Batch, place: tuple[int, ...], token_rows: Sequence[TokenRow]) -> None:
-    """Put examples one behind the other into one row."""
-    start = 0
+    """Put examples one behind the other into one row, and their images into one slot behind the other."""
+    start = n_soft = 0
     for segment, row in enumerate(token_rows, start=1):
         end = start + len(row.tokens)
         batch["tokens"][place][start:end] = row.tokens
         batch["is_answer"][place][start:end] = row.is_answer
         batch["segments"][place][start:end] = segment
         batch["positions"][place][start:end] = np.arange(end - start)
+        if row.soft_tokens is not None:
+            batch["soft_tokens"][place][start:end] = np.where(row.soft_tokens > 0, row.soft_tokens + n_soft, 0)
+            n_soft += int(row.soft_tokens.max())
         start = end
 
 
-def _mismatched(examples: Examples, rows: Sequence[int], batch_size: int) -> Batch:
+def _mismatched(examples: Examples, rows: Sequence[int], batch_size: int, has_images: bool) -> Batch:
     """Each prompt with the answer of the next row that answers another prompt (Ethayarajh et al., 2024, section 4.1).
 
     Where all rows answer the same prompt, it is the next row's.
     """
-    other = _empty(examples, batch_size)
-    prompts = [row.tokens[: row.n_prompt].tobytes() for row in (examples.sequences[index][0] for index in rows)]
+    other = _empty(examples, batch_size, has_images)
+    prompts = [_prompt_key(examples, index) for index in rows]
     for place, index in enumerate(rows):
         following = [(place + ahead) % len(rows) for ahead in range(1, len(rows) + 1)]
         answered = next((there for there in following if prompts[there] != prompts[place]), following[0])
         _write(other, (place,), [_joined(examples, index, rows[answered])])
-    return {f"kl_{name}": other[name] for name in ("tokens", "is_answer", "segments", "positions")}
+    return {f"kl_{name}": x for name, x in other.items() if name != "row"}
+
+
+def _prompt_key(examples: Examples, index: int) -> tuple[bytes, ...]:
+    """Equal for examples that answer the same prompt about the same images."""
+    row = examples.sequences[index][0]
+    return row.tokens[: row.n_prompt].tobytes(), *(picture.key.encode() for picture in examples.pictures[index])
 
 
 def _joined(examples: Examples, prompt_of: int, answer_of: int) -> TokenRow:
     asked, answered = examples.sequences[prompt_of][0], examples.sequences[answer_of][0]
     tokens = np.concatenate([asked.tokens[: asked.n_prompt], answered.tokens[answered.n_prompt :]])
     is_answer = np.concatenate([np.zeros(asked.n_prompt, bool), answered.is_answer[answered.n_prompt :]])
-    return TokenRow(tokens[: examples.n_time], is_answer[: examples.n_time], asked.n_prompt)
+    soft_tokens = asked.soft_tokens
+    if soft_tokens is not None:
+        soft_tokens = np.pad(soft_tokens[: asked.n_prompt], (0, len(tokens) - asked.n_prompt))[: examples.n_time]
+    return TokenRow(tokens[: examples.n_time], is_answer[: examples.n_time], asked.n_prompt, soft_tokens)

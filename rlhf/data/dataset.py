@@ -15,10 +15,13 @@ from typing import Literal
 from rlhf.config import config, require_range
 from rlhf.data.encode import Examples, Source, encode
 from rlhf.data.examples import Example, Form, check, check_conversion, convert, prompt_of, with_system
+from rlhf.data.images import PanAndScan
+from rlhf.data.pictures import Viewing, images_of_row, pictures_of, with_pictures
 from rlhf.data.rows import RowFormat
 from rlhf.data.sources import RawRow, find_files, has_split, hub_splits, is_folder, read_files, read_hub
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.tokenizer import Tokenizer
+from rlhf.model.vision import Vision
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class Dataset:
     eval_limit: the same for evaluation.
     train_split, eval_split: their names at the source.
     system_prompt: system message of the rows that have none; null: none.
+    max_images: most images of a row, parts of pan_and_scan among them; 0: they are left out.
+    pan_and_scan: how long images are also shown in parts; null: they are not.
     """
 
     max_length: int
@@ -53,9 +58,12 @@ class Dataset:
     train_split: str = "train"
     eval_split: str = "test"
     system_prompt: str | None = None
+    max_images: int = 8
+    pan_and_scan: PanAndScan | None = None
 
     def __post_init__(self):
         require_range(self, "max_length", at_least=16)
+        require_range(self, "max_images", at_least=0)
         require_range(self, "limit", at_least=1)
         require_range(self, "eval_limit", at_least=1)
 
@@ -87,8 +95,10 @@ class Dataset:
         """
         check_conversion(self.row_format(form).form, form)
 
-    def examples(self, part: Part, form: Form) -> list[tuple[Source, Example]]:
+    def examples(self, part: Part, form: Form, vision: Vision | None = None) -> list[tuple[Source, Example]]:
         """The usable examples of a split with their sources, in order; the log counts the rows that can't be used.
+
+        vision: the tower that sees their images; None: there is none.
 
         Raises:
             DataError: a bad row, with place and reason (unless on_bad_row is skip), or no row at all.
@@ -107,7 +117,7 @@ class Dataset:
         for raw in self.raw_rows(part, form):
             n_rows += 1
             try:
-                examples = self._examples_of(raw, read, form)
+                examples = self._examples_of(raw, read, form, vision)
             except DataError as error:
                 bad.add(raw, error, self.on_bad_row)
                 continue
@@ -121,23 +131,27 @@ class Dataset:
             raise DataError(f"there are no rows for {part}: {n_rows} read, {bad.n_rows} of them bad{held}{bad.example}")
         return found[:limit]
 
-    def load(self, part: Part, form: Form, tokenizer: Tokenizer) -> Examples:
+    def load(self, part: Part, form: Form, tokenizer: Tokenizer, vision: Vision | None = None) -> Examples:
         """The rows of a split, encoded.
 
         part: "train" or "eval".
         form: what the algorithm asks for.
+        vision: the tower that sees their images; None: there is none.
 
         Raises:
             DataError: a row, a file or a set that can't be used; names it and the reason.
             ConfigError: rows of this dataset can't be turned into `form`.
         """
         with _without_garbage_collection():
-            return encode(self.examples(part, form), form, tokenizer, self, part)
+            return encode(self.examples(part, form, vision), form, tokenizer, self, part, vision)
 
-    def _examples_of(self, raw: RawRow, read: RowFormat, form: Form) -> list[Example]:
+    def _examples_of(self, raw: RawRow, read: RowFormat, form: Form, vision: Vision | None) -> list[Example]:
         if raw.fields is None:
             raise DataError(raw.problem)
-        example = read(raw.fields)
+        viewing = Viewing(vision, self.max_images, self.pan_and_scan)
+        example = with_pictures(
+            read(raw.fields), images_of_row(raw.fields, read.images), viewing, raw.folder, raw.place
+        )
         check(example)
         if self.system_prompt is not None:
             example = with_system(example, self.system_prompt)
@@ -222,11 +236,12 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def _belongs(example: Example, share: tuple[float, float]) -> bool:
-    """Whether the hash of the first question is in range, so that rows of one question stay together."""
+    """Whether the hash of the first question, with its images, is in range: rows of one question stay together."""
     if share == (0.0, 1.0):
         return True
-    question = next(turn.content for turn in prompt_of(example) if turn.role == "user")
-    place = int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:4], "big") / 2**32
+    question = next(turn.content for turn in prompt_of(example) if turn.role == "user").strip()
+    shown = "".join(picture.key for picture in pictures_of(example))
+    place = int.from_bytes(hashlib.sha256(f"{question}{shown}".encode()).digest()[:4], "big") / 2**32
     return share[0] <= place < share[1]
 
 

@@ -11,11 +11,13 @@ from jaxtyping import Bool, Int32
 
 from rlhf.data import joint
 from rlhf.data.examples import Conversation, Example, Form, Judged, Preference, Question
+from rlhf.data.images import Picture
 from rlhf.data.packing import pack
 from rlhf.data.truncate import shorten
 from rlhf.errors import DataError
 from rlhf.model.chat import ChatTemplate, Message, Rendered
 from rlhf.model.tokenizer import Tokenizer
+from rlhf.model.vision import Vision
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,16 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class TokenRow:
-    """One token row. n_prompt: tokens in front of the last answer."""
+    """One token row.
+
+    n_prompt: tokens in front of the last answer.
+    soft_tokens: 0 for text; i · tokens_per_image + j + 1 for the j-th soft token of image i. None: there are no images.
+    """
 
     tokens: Int32[np.ndarray, "time"]
     is_answer: Bool[np.ndarray, "time"]
     n_prompt: int
+    soft_tokens: Int32[np.ndarray, "time"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +71,16 @@ class Prompt:
     answer: reference that generated answers are compared with, or None.
     fields: the raw row.
     row: its index in the dataset.
+    soft_tokens: as in `TokenRow`; empty without images.
+    pictures: its images; `rlhf.data.images.load_images` makes them arrays.
     """
 
     token_ids: tuple[int, ...]
     answer: str | None
     fields: dict[str, Any]
     row: int
+    soft_tokens: tuple[int, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +92,9 @@ class Examples:
     prompts: of the form "prompt": one for each example.
     is_desirable: of the form "unpaired": one for each example.
     sources: one for each example.
+    pictures: of each example, in the order of its soft tokens; both answers to a prompt have the same.
+    n_slots: pictures that a row of a batch has room for; 0: there are none.
+    vision: the tower that they are for.
     n_time: length of the time axis of every batch.
     n_joint: of a preference's row that holds what chosen and rejected begin with once (`joint.py`); None: none is made.
     pad: the token that fills it.
@@ -94,6 +108,9 @@ class Examples:
     prompts: list[Prompt]
     is_desirable: list[bool]
     sources: list[Source]
+    pictures: list[tuple[Picture, ...]]
+    n_slots: int
+    vision: Vision | None
     n_time: int
     n_joint: int | None
     pad: int
@@ -106,16 +123,23 @@ class Examples:
 
 
 def encode(
-    found: Sequence[tuple[Source, Example]], form: Form, tokenizer: Tokenizer, settings: Settings, name: str
+    found: Sequence[tuple[Source, Example]],
+    form: Form,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    name: str,
+    vision: Vision | None = None,
 ) -> Examples:
-    """Encode the examples of a split; `name` is its name in the log.
+    """Encode the examples of a split; `name` is its name in the log. vision: the tower that sees its images.
 
     Raises:
         DataError: an example longer than max_length (if that is an error), or none left.
     """
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, vision.tokens_per_image if vision else 0)
+    never = (tokenizer.start_of_image, tokenizer.end_of_image)
     kept: list[tuple[Source, Example]] = []
     rows: list[tuple[TokenRow, ...]] = []
+    pictures: list[tuple[Picture, ...]] = []
     n_dropped = n_truncated = 0
     for (source, example), group, whole in _rendered(found, template, form):
         longest = max(len(one.tokens) for one in whole)
@@ -128,13 +152,14 @@ def encode(
             n_truncated += 1
             whole = shorten(template, group, settings.max_length, is_open=form == "prompt")
         kept.append((source, example))
-        rows.append(tuple(_token_row(one, form, settings.loss_on) for one in whole))
+        rows.append(tuple(_token_row(one, form, settings.loss_on, never) for one in whole))
+        pictures.append(whole[0].images)
     if not rows:
         raise DataError(
             f"all {n_dropped} rows for {name} are longer than dataset.max_length={settings.max_length} tokens; "
             "raise it, or set dataset.on_long=truncate"
         )
-    examples = _assemble(kept, rows, form, tokenizer, settings, (n_dropped, n_truncated))
+    examples = _assemble(kept, rows, pictures, form, tokenizer, settings, (n_dropped, n_truncated), vision)
     _report(examples, settings, name)
     return examples
 
@@ -166,11 +191,13 @@ def _conversations(example: Example) -> list[tuple[Message, ...]]:
             return [prompt]
 
 
-def _token_row(rendered: Rendered, form: Form, loss_on: str) -> TokenRow:
+def _token_row(rendered: Rendered, form: Form, loss_on: str, never: tuple[int, ...]) -> TokenRow:
+    """never: tokens that are not trained on, wherever they are."""
     tokens = np.array(rendered.tokens, np.int32)
     answer = np.array(rendered.answer, np.int32)
+    soft_tokens = np.array(rendered.soft_tokens, np.int32) if rendered.images else None
     if form == "prompt":
-        return TokenRow(tokens, np.zeros(len(tokens), bool), len(tokens))
+        return TokenRow(tokens, np.zeros(len(tokens), bool), len(tokens), soft_tokens)
     last = answer.max()
     n_prompt = int(np.argmax(answer == last))
     if form != "conversation" or loss_on == "last":
@@ -179,16 +206,20 @@ def _token_row(rendered: Rendered, form: Form, loss_on: str) -> TokenRow:
         is_answer = answer > 0
     else:
         is_answer = np.arange(len(tokens)) > 0  # nothing comes before BOS to predict it from
-    return TokenRow(tokens, is_answer, n_prompt)
+        if soft_tokens is not None:
+            is_answer &= (soft_tokens == 0) & ~np.isin(tokens, never)
+    return TokenRow(tokens, is_answer, n_prompt, soft_tokens)
 
 
 def _assemble(
     kept: list[tuple[Source, Example]],
     rows: list[tuple[TokenRow, ...]],
+    pictures: list[tuple[Picture, ...]],
     form: Form,
     tokenizer: Tokenizer,
     settings: Settings,
     n_long: tuple[int, int],
+    vision: Vision | None,
 ) -> Examples:
     if settings.packing and form == "conversation":
         packs = pack([len(row.tokens) for (row,) in rows], settings.max_length)
@@ -196,7 +227,14 @@ def _assemble(
         packs = [(index,) for index in range(len(rows))]
     longest = max(sum(max(len(row.tokens) for row in rows[index]) for index in group) for group in packs)
     prompts = [
-        Prompt(tuple(row[0].tokens.tolist()), example.reference, source.fields, index)
+        Prompt(
+            tuple(row[0].tokens.tolist()),
+            example.reference,
+            source.fields,
+            index,
+            () if row[0].soft_tokens is None else tuple(row[0].soft_tokens.tolist()),
+            pictures[index],
+        )
         for index, ((source, example), row) in enumerate(zip(kept, rows, strict=True))
         if isinstance(example, Question)
     ]
@@ -209,12 +247,15 @@ def _assemble(
         prompts=prompts,
         is_desirable=is_desirable,
         sources=[source for source, _ in kept],
+        pictures=pictures,
+        n_slots=max(sum(len(pictures[index]) for index in group) for group in packs),
+        vision=vision,
         n_time=n_time,
         n_joint=_joint_time(rows, n_time) if settings.share_prompt and form == "preference" else None,
         pad=tokenizer.pad,
         n_dropped=n_long[0],
         n_truncated=n_long[1],
-        fingerprint=_fingerprint(form, rows, packs, is_desirable),
+        fingerprint=_fingerprint(form, rows, packs, is_desirable, pictures),
     )
 
 
@@ -229,7 +270,11 @@ def _joint_time(rows: list[tuple[TokenRow, ...]], n_time: int) -> int | None:
 
 
 def _fingerprint(
-    form: Form, rows: list[tuple[TokenRow, ...]], packs: list[tuple[int, ...]], is_desirable: list[bool]
+    form: Form,
+    rows: list[tuple[TokenRow, ...]],
+    packs: list[tuple[int, ...]],
+    is_desirable: list[bool],
+    pictures: list[tuple[Picture, ...]],
 ) -> str:
     """sha256 over everything that reaches a batch."""
     flat = [row for group in rows for row in group]
@@ -239,6 +284,8 @@ def _fingerprint(
     digest.update(np.packbits(np.concatenate([row.is_answer for row in flat])).tobytes())
     digest.update(np.array([index for group in packs for index in (*group, -1)], np.int64).tobytes())
     digest.update(np.array(is_desirable, bool).tobytes())
+    for index, shown in enumerate(pictures):
+        digest.update("".join(f"{index} {picture.key}\n" for picture in shown).encode())
     return digest.hexdigest()
 
 
@@ -257,6 +304,12 @@ def _report(examples: Examples, settings: Settings, name: str) -> None:
         name, len(examples), examples.form, n_tokens, sum(int(row.is_answer.sum()) for row in flat),
         max(len(row.tokens) for row in flat), examples.n_time,
     )  # fmt: skip
+    if examples.n_slots and examples.vision is not None:
+        log.info(
+            "%s: %d images in %d rows, at most %d in a row of a batch; each is resized to %d × %d and %d tokens",
+            name, sum(map(len, examples.pictures)), sum(map(bool, examples.pictures)), examples.n_slots,
+            examples.vision.image_size, examples.vision.image_size, examples.vision.tokens_per_image,
+        )  # fmt: skip
     if examples.n_joint is not None:
         log.info(
             "%s: prompts are run once for both answers: %d tokens a pair, not 2 × %d",

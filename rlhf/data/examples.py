@@ -88,7 +88,8 @@ def _check_prompt(prompt: Messages) -> None:
 def _check_messages(messages: Messages) -> None:
     check_turns(messages)
     for number, message in enumerate(messages, start=1):
-        _check_answer(message.content, f"turn {number} ({message.role})")
+        if message.content.strip() or not message.images:
+            _check_answer(message.content, f"turn {number} ({message.role})")
 
 
 def _check_answer(text: str, name: str) -> None:
@@ -104,15 +105,20 @@ def prompt_of(example: Example) -> Messages:
     return example.messages[:-1] if isinstance(example, Conversation) else example.prompt
 
 
+def with_messages(example: Example, change: Callable[[Messages], Messages]) -> Example:
+    """The example with other messages: all of a conversation, else those of its prompt."""
+    if isinstance(example, Conversation):
+        return Conversation(change(example.messages))
+    return dataclasses.replace(example, prompt=change(example.prompt))
+
+
 def with_system(example: Example, text: str) -> Example:
     """The example with `text` as its system message, unless it has one."""
-    messages = example.messages if isinstance(example, Conversation) else example.prompt
-    if messages[0].role == "system":
-        return example
-    longer = (Message("system", text), *messages)
-    if isinstance(example, Conversation):
-        return Conversation(longer)
-    return dataclasses.replace(example, prompt=longer)
+
+    def change(messages: Messages) -> Messages:
+        return messages if messages[0].role == "system" else (Message("system", text), *messages)
+
+    return with_messages(example, change)
 
 
 def _first_answers(example: Preference) -> list[Example]:

@@ -5,6 +5,7 @@
 | `joint_tokens`, `joint_segments`, `joint_positions` | [pairs, joint] | as in `batches.py`; segments: 1 the beginning, 2 chosen, 3 rejected |
 | `joint_prefixes` | [pairs, joint] | the segment that a token sees besides its own: 1 for 2 and 3 |
 | `joint_previous` | [pairs, joint] | place of the token before it, from whose hidden state it is predicted; -1: none |
+| `joint_soft_tokens` | [pairs, joint] | where the batch has images: as in `batches.py` |
 | `joint_places` | [pairs, 2, time] | where in the row each token of the pair is; -1: padding |
 """  # noqa: E501
 
@@ -30,16 +31,30 @@ def joint_length(pair: Pair) -> int:
     return len(pair[0]) + len(pair[1]) - n_shared(pair)
 
 
-def join(pairs: Sequence[Pair], n_joint: int, n_time: int, batch_size: int, pad: int) -> dict[str, np.ndarray]:
-    """The arrays above for a batch; rows past the given pairs are empty."""
+def join(
+    pairs: Sequence[Pair],
+    n_joint: int,
+    n_time: int,
+    batch_size: int,
+    pad: int,
+    soft_tokens: Sequence[Int32[np.ndarray, "_"] | None] | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays above for a batch; rows past the given pairs are empty.
+
+    soft_tokens: of each pair's chosen sequence, in a batch with images; they are part of what both begin with.
+    """
     batch = {
         f"joint_{name}": np.zeros((batch_size, n_joint), np.int32) for name in ("segments", "positions", "prefixes")
     }
     batch["joint_tokens"] = np.full((batch_size, n_joint), pad, np.int32)
     batch["joint_previous"] = np.full((batch_size, n_joint), -1, np.int32)
     batch["joint_places"] = np.full((batch_size, 2, n_time), -1, np.int32)
+    if soft_tokens is not None:
+        batch["joint_soft_tokens"] = np.zeros((batch_size, n_joint), np.int32)
     for row, pair in enumerate(pairs):
         shared = n_shared(pair)
+        if soft_tokens is not None and (numbers := soft_tokens[row]) is not None:
+            batch["joint_soft_tokens"][row, :shared] = numbers[:shared]
         _write(batch, row, 1, pair[0][:shared], at=0, first=0)
         batch["joint_places"][row, :, :shared] = np.arange(shared)
         at = shared

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from rlhf.config import config
 from rlhf.data.examples import Conversation, Example, Form, Judged, Messages, Preference, Question
+from rlhf.data.pictures import image_of_part
 from rlhf.data.transcripts import is_transcript, parse_transcript
 from rlhf.errors import ConfigError, DataError
-from rlhf.model.chat import Message
+from rlhf.model.chat import Message, Placed
 
 _ROLES = {
     "system": "system",
@@ -30,11 +31,16 @@ _OPEN_ANSWER = re.compile(r"\n\nAssistant:\s*$")
 class RowFormat:
     """Turns the fields of a row into an example of one form.
 
+    images: the column of an image, or a list of them: they go to the places that messages leave for them, or in front
+        of the first user turn; null: `image` or `images`, where a row has it.
+
     Raises:
         DataError: (when called) the reason why the row can't be used; the caller adds file and line.
     """
 
     form: ClassVar[Form]
+
+    images: str | None = None
 
     def __call__(self, fields: Mapping[str, Any]) -> Example:
         raise NotImplementedError
@@ -234,20 +240,27 @@ def _message(item: Any, name: str, role: str, content: str) -> Message:
     speaker = item[role]
     if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
         raise DataError(f"{name} has the role {_shown(speaker)}; known are {', '.join(_ROLES)}")
-    return Message(_ROLES[speaker.lower()], _content(item[content], name))
+    message = Message(_ROLES[speaker.lower()], *_content(item[content], name))
+    if message.images and message.role != "user":
+        raise DataError(f"{name} is of the {message.role} and has an image: images belong into user turns")
+    return message
 
 
-def _content(value: Any, name: str) -> str:
-    """Text, or a list of parts {"type": "text", "text": ...}, each stripped as the published template does."""
+def _content(value: Any, name: str) -> tuple[str, tuple[Placed, ...]]:
+    """Text, or a list of parts: {"type": "text", "text": ...}, each stripped as the published template does, and
+    {"type": "image"}, whose image is None where the row's own are meant."""
     if not isinstance(value, list | tuple):
-        return _text(value, f"the content of {name}")
-    texts = []
+        return _text(value, f"the content of {name}"), ()
+    text, images = "", []
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
-            raise DataError(f"{name} has a part of type {_shown(kind)}; this dataset takes text only")
-        texts.append(_text(part.get("text"), f"a part of {name}").strip())
-    return "".join(texts)
+        if kind == "text":
+            text += _text(part.get("text"), f"a part of {name}").strip()
+        elif kind in ("image", "image_url"):
+            images.append(Placed(len(text), image_of_part(part)))
+        else:
+            raise DataError(f"{name} has a part of type {_shown(kind)}; known are text and image")
+    return text, tuple(images)
 
 
 def _text(value: Any, name: str) -> str:

@@ -26,11 +26,28 @@ class RawRow:
 
     place: file and line, or set, split and row.
     fields: its columns; None if it can't be read, for the reason `problem`.
+    folder: of its file, to which paths in it are relative; None: it has none.
     """
 
     place: str
     fields: dict[str, Any] | None
     problem: str = ""
+    folder: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A picture in a table on the disk. row, column, item (of a list; None: it is no list): where."""
+
+    table: Any
+    row: int
+    column: str
+    item: int | None = None
+
+    def read(self) -> bytes:
+        found = self.table[self.row][self.column]
+        found = found if self.item is None else found[self.item]
+        return Path(found["path"]).read_bytes() if found["bytes"] is None else found["bytes"]
 
 
 def read_files(files: tuple[Path, ...]) -> Iterator[RawRow]:
@@ -45,7 +62,7 @@ def read_files(files: tuple[Path, ...]) -> Iterator[RawRow]:
             continue
         for line, row in read_json(path):
             place = f"{path}:{line}"
-            yield RawRow(place, None, str(row)) if isinstance(row, DataError) else RawRow(place, row)
+            yield RawRow(place, None, str(row)) if isinstance(row, DataError) else RawRow(place, row, "", path.parent)
 
 
 def find_files(path: str | tuple[str, ...], split: str, key: str = "dataset.path") -> tuple[Path, ...]:
@@ -134,8 +151,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         raise DataError(f"{path} can't be read as parquet: {reason}") from error
     if not len(table):
         raise DataError(f"{path} holds no rows")
-    for number, row in enumerate(table):
-        yield RawRow(f"{path} row {number}", row)
+    for number, row in enumerate(_without_pixels(table)):
+        yield RawRow(f"{path} row {number}", row, "", path.parent)
 
 
 def read_hub(name: str, subset: str | None, revision: str | None, split: str) -> Iterator[RawRow]:
@@ -149,8 +166,28 @@ def read_hub(name: str, subset: str | None, revision: str | None, split: str) ->
     with _hub_errors(name, subset, split):
         table = datasets.load_dataset(name, subset, revision=revision, split=split)
     place = name if subset is None else f"{name} ({subset})"
-    for number, row in enumerate(table):
+    for number, row in enumerate(_without_pixels(table)):
         yield RawRow(f"{place} {split} row {number}", row)
+
+
+def _without_pixels(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a table; its pictures stay on the disk, and a `Cell` that finds each stands for it."""
+    import datasets
+
+    held = {}
+    for column, feature in table.features.items():
+        inner = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(inner, datasets.Image) or (isinstance(inner, dict) and inner.keys() == {"bytes", "path"}):
+            raw = datasets.Image(decode=False)
+            table = table.cast_column(column, datasets.List(raw) if isinstance(feature, datasets.List) else raw)
+            held[column] = table.select_columns([column])
+    for number, row in enumerate(table):
+        for column, alone in held.items():
+            if isinstance(row[column], list):
+                row[column] = [item and Cell(alone, number, column, place) for place, item in enumerate(row[column])]
+            elif row[column] is not None:
+                row[column] = Cell(alone, number, column)
+        yield row
 
 
 @functools.cache

@@ -12,8 +12,8 @@ def shorten(
     """Conversations that share their prompt, in at most `max_length` tokens each.
 
     The prompt gives way first, down to half of the room: its oldest exchanges go (the system message stays), then the
-    oldest tokens of the user turn that is left. What the answer still has too much is cut off at its end, and no
-    end-of-turn token is put there.
+    oldest text tokens of the user turn that is left; its images stay whole. What the answer still has too much is cut
+    off at its end, and no end-of-turn token is put there.
 
     is_open: the conversations are prompts, which end with the head of an answer.
 
@@ -46,16 +46,28 @@ def _without_oldest(head: Rendered, n_cut: int, template: ChatTemplate) -> Rende
     if n_cut <= 0:
         return head
     n_header = template.n_header
-    if n_header + n_cut + template.n_footer >= len(head.tokens):
+    frame = len(template.tokenizer.encode("\n\n")) + 1  # of an image, on each side of its soft tokens
+    is_image = _grown([number > 0 for number in head.soft_tokens] or [False] * len(head.tokens), frame)
+    text = [place for place in range(n_header, len(head.tokens) - template.n_footer) if not is_image[place]]
+    if len(text) <= n_cut:
         raise DataError("dataset.max_length leaves no room for the prompt; raise it")
-    keep = slice(n_header + n_cut, None)
-    return Rendered(
-        head.tokens[:n_header] + head.tokens[keep],
-        head.answer[:n_header] + head.answer[keep],
-    )
+    cut = set(text[:n_cut])
+
+    def kept(values):
+        return [value for place, value in enumerate(values) if place not in cut]
+
+    return Rendered(kept(head.tokens), kept(head.answer), kept(head.soft_tokens), head.images)
+
+
+def _grown(marks: list[bool], reach: int) -> list[bool]:
+    """Marks that hold as far as `reach` places from one, too."""
+    return [any(marks[max(place - reach, 0) : place + reach + 1]) for place in range(len(marks))]
 
 
 def _join(head: Rendered, answer: Rendered, max_length: int) -> Rendered:
     last = max(head.answer) + 1
     marks = [last if mark else 0 for mark in answer.answer]
-    return Rendered((head.tokens + answer.tokens)[:max_length], (head.answer + marks)[:max_length])
+    soft_tokens = [*head.soft_tokens, *[0] * len(answer.tokens)][:max_length] if head.images else ()
+    return Rendered(
+        (head.tokens + answer.tokens)[:max_length], (head.answer + marks)[:max_length], soft_tokens, head.images
+    )

@@ -13,6 +13,7 @@ import pytest
 from rlhf.config import config
 from rlhf.data.arithmetic import Arithmetic
 from rlhf.data.batches import Batches
+from rlhf.data.colours import Colours
 from rlhf.data.dataset import Dataset, Table
 from rlhf.data.rows import Conversations, Judgements, Preferences, Questions
 from rlhf.data.sources import RawRow
@@ -313,4 +314,4 @@ def test_every_yaml_names_every_setting(path):
     if isinstance(dataset, Table):
         assert set(config.rows) - {"_target_"} == {field.name for field in dataclasses.fields(dataset.rows)}
     else:
-        assert isinstance(dataset, Arithmetic)
+        assert isinstance(dataset, Arithmetic | Colours)

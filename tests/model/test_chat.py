@@ -39,7 +39,7 @@ USER, ANSWER = Message("user", "2+3?"), Message("assistant", "5")
 
 def test_a_conversation_by_hand(template):
     tokenizer = template.tokenizer
-    ids, answer = template.conversation([USER, ANSWER])
+    ids, answer, *_ = template.conversation([USER, ANSWER])
     user, model = tokenizer.encode("user"), tokenizer.encode("model")
     question, five = tokenizer.encode("2+3?"), tokenizer.encode("5")
     assert ids == [2, 105, *user, 107, *question, 106, 107, 105, *model, 107, *five, 106, 107]
@@ -47,14 +47,14 @@ def test_a_conversation_by_hand(template):
 
 
 def test_every_answer_has_its_number(template):
-    ids, answer = template.conversation([USER, ANSWER, USER, Message("assistant", "it is 5")])
+    ids, answer, *_ = template.conversation([USER, ANSWER, USER, Message("assistant", "it is 5")])
     tokenizer = template.tokenizer
     assert tokenizer.decode([i for i, number in zip(ids, answer, strict=True) if number == 1]) == "5"
     assert [i for i, number in zip(ids, answer, strict=True) if number == 2] == [*tokenizer.encode("it is 5"), 106]
 
 
 def test_one_bos_no_eos_no_pad(template):
-    ids, _ = template.conversation([Message("system", "Be brief."), USER, ANSWER, USER, ANSWER])
+    ids, *_ = template.conversation([Message("system", "Be brief."), USER, ANSWER, USER, ANSWER])
     assert ids.count(2) == 1
     assert ids[0] == 2
     assert 1 not in ids
@@ -88,7 +88,7 @@ def test_prompt_ids_are_a_prefix_of_prompt_and_answer(template):
     for _ in range(1000):
         question, answer = ("".join(rng.choices([*ODD, "<end_of_turn>"], k=rng.randrange(1, 8))) for _ in range(2))
         prompt = [Message("user", question)]
-        ids, marks = template.conversation([*prompt, Message("assistant", answer)])
+        ids, marks, *_ = template.conversation([*prompt, Message("assistant", answer)])
         head = template.prompt(prompt)
         assert ids[: len(head)] == head
         assert marks[: len(head)] == [0] * len(head)
