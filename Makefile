@@ -1,14 +1,16 @@
 # make setup       .venv with everything, from the pinned versions in constraints.txt (CPU)
 # make quickstart  set-up, then the main job: SFT and DPO of an embedded tiny Gemma 3, with accuracies before and after
 # make test        set-up, then the tests
+# make test-peers  transformers and peft in an environment of their own, and exports compared with what they make of them
 # make lint        ruff and mypy
 PYTHON ?= python3
 EXTRAS ?= dev
 TEST_PROCESSES ?= 2
+PEERS_PIP ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint
+.PHONY: setup quickstart test test-peers lint
 
 setup: $(VENV)/.done
 
@@ -26,6 +28,15 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
+
+# PEERS_PIP is for pip: where it finds torch's CPU build, for instance
+.venv-peers/.done: tests/peers/requirements.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q $(PEERS_PIP) -r tests/peers/requirements.txt
+	touch $@
+
+test-peers: setup .venv-peers/.done
+	$(BIN)/python -m pytest tests/peers
 
 lint: setup
 	$(BIN)/ruff check .
