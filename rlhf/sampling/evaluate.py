@@ -5,16 +5,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from rlhf.config import config, require_range
 from rlhf.errors import ConfigError, DataError
-from rlhf.model.gemma3 import Gemma3, Tree
+from rlhf.model.gemma3 import Tree
 from rlhf.model.tokenizer import Tokenizer
 from rlhf.rewards.answers import MARKER, final_answer, is_same_number, reference_answer
 from rlhf.rewards.base import Answered, Reward
-from rlhf.sampling.completions import Completion, Prompt, complete, show_prompt
 from rlhf.sampling.methods import Greedy, Method
+from rlhf.sampling.sampler import Completion, Prompt, Sampler, show_prompt
 
 _Z = 1.959964  # two-sided 95 % of the normal distribution
 
@@ -25,9 +23,10 @@ class Evaluation:
 
     rows: only the first so many prompts; none takes all, and with 0 a training run evaluates nothing this way.
     max_new_tokens: a longer answer is cut, and counted in `truncated`.
-    batch_size: prompts that are decoded together.
+    batch_size: answers that are written at once; the others wait, and enter as these end.
     method: how tokens are chosen.
     seed: of a method that draws.
+    stop: texts that end an answer, beside the stop tokens; they are no part of it.
     marker: what stands in front of the final number, in generated answers and in references.
     """
 
@@ -36,6 +35,7 @@ class Evaluation:
     batch_size: int = 64
     method: Method = Greedy()
     seed: int = 0
+    stop: tuple[str, ...] = ()
     marker: str = MARKER
 
     def __post_init__(self):
@@ -53,13 +53,13 @@ def interval(successes: int, n: int) -> tuple[float, float]:
     share, spread = successes / n, _Z**2 / n
     middle = (share + spread / 2) / (1 + spread)
     half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if successes == 0 else low, 1.0 if successes == n else high  # the formula's own ends, without rounding
 
 
 def evaluate_prompts(
-    model: Gemma3,
+    sampler: Sampler,
     params: Tree,
-    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     settings: Evaluation,
     reward: Reward | None = None,
@@ -77,23 +77,17 @@ def evaluate_prompts(
     if not prompts:
         raise DataError("there is no prompt to evaluate on")
     expected = [_expected(prompt, settings.marker) for prompt in prompts]
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    size = min(settings.batch_size, len(prompts))
-    completions: list[Completion] = []
-    for start in range(0, len(prompts), size):
-        completions += complete(
-            model,
-            params,
-            tokenizer,
-            prompts[start : start + size],
-            method=settings.method,
-            max_new_tokens=settings.max_new_tokens,
-            key=jax.random.key(settings.seed),
-            least_prompts=size,  # one shape for all batches: one compilation
-            least_prompt_tokens=longest,
-        )
+    completions = sampler(
+        params,
+        prompts,
+        method=settings.method,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+        stop=settings.stop,
+        slots=settings.batch_size,
+    ).completions
     judged = zip(prompts, completions, expected, strict=True)
-    rows = [_judge(tokenizer, *each, marker=settings.marker) for each in judged]
+    rows = [_judge(sampler.tokenizer, *each, marker=settings.marker) for each in judged]
     return summarise(rows) | (_score(rows, prompts, reward) if reward is not None else {}), rows
 
 

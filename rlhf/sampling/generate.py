@@ -1,26 +1,31 @@
 """Generation: prompts in, tokens with their log-probabilities out. Knows token ids only; text is others' business.
 
-Batch, prompt length and answer length are rounded up to buckets, and everything else is data, so a program is compiled
-once per bucket and serves every prompt, method, number and stop list after that.
+Prompt length, answer length, prompts and answers at once are rounded up to buckets, and everything else is data, so
+programs are compiled once per bucket and serve every prompt, method, number and stop list after that.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from functools import partial
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlhf.config import Number
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.gemma3 import Gemma3, Tree
-from rlhf.sampling.cache import LayerCache, decode, decoding_params, prefill, slots_of
-from rlhf.sampling.methods import Method, Sample, draw
+from rlhf.sampling.ahead import compile_ahead
+from rlhf.sampling.methods import Method, numbers_of
+from rlhf.sampling.programs import Setting, Shape
+from rlhf.sampling.rules import ALTERNATIVES, Rules
+from rlhf.sampling.schedule import Ended, PromptImages, Schedule, Task
+from rlhf.sampling.weights import DecodingWeights
 
 SMALLEST = 16  # tokens of the smallest bucket
+SLOTS = 64  # answers that are written at once, unless asked for otherwise
+WATCH_EVERY = 16  # tokens between two looks at the text, where something in it ends an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,58 +36,32 @@ class Generation:
     logprobs: of each token under softmax(logits / temperature) of the whole vocabulary, nats: what a trainer computes
         at that temperature. Greedy decoding has no such temperature and reports those of temperature 1.
     filtered_logprobs: under the distribution that the token was drawn from; 0 for greedy decoding.
-    n_tokens: of each row. is_finished: it ended with a stop token; else it was cut at `max_new_tokens`.
+    entropies: of the distributions of `logprobs`, nats; None unless asked for.
+    likely: ids and log-probabilities of the most likely tokens at each place, [rows, time, n] each; None unless asked
+        for.
+    n_tokens: of each row.
+    finish_reasons: of each row `stop` (a stop token), `stop_text` (something in the text) or `length` (cut).
+    utilisation: share of the places of the compiled shape that a token was drawn in.
     """
 
     tokens: Int[np.ndarray, "rows time"]
     logprobs: Float[np.ndarray, "rows time"]
     filtered_logprobs: Float[np.ndarray, "rows time"]
+    entropies: Float[np.ndarray, "rows time"] | None
+    likely: tuple[np.ndarray, np.ndarray] | None
     n_tokens: Int[np.ndarray, "rows"]
-    is_finished: Bool[np.ndarray, "rows"]
+    finish_reasons: list[str]
+    utilisation: float = 1.0
 
     @property
-    def finish_reasons(self) -> list[str]:
-        """`stop` or `length` for each row."""
-        return ["stop" if finished else "length" for finished in self.is_finished]
+    def is_finished(self) -> Bool[np.ndarray, "rows"]:
+        """Whether each row came to its end; else it was cut at `max_new_tokens`."""
+        return np.array([reason != "length" for reason in self.finish_reasons])
 
     def answers(self) -> list[list[int]]:
         """The token ids of each row, without the stop token."""
-        ends = self.n_tokens - self.is_finished
+        ends = [n - (reason == "stop") for n, reason in zip(self.n_tokens, self.finish_reasons, strict=True)]
         return [row[:end].tolist() for row, end in zip(self.tokens, ends, strict=True)]
-
-
-class _Prompts(NamedTuple):
-    """The prompts as arrays; rows that only fill the bucket are not real. numbers: what a row's noise depends on."""
-
-    tokens: Int[Array, "prompts time"]
-    lengths: Int[Array, "prompts"]
-    is_real: Bool[Array, "prompts"]
-    numbers: Int[Array, "prompts"]
-
-
-class _Limits(NamedTuple):
-    """max_new_tokens: at most the bucket's. is_stop, is_forbidden: for every token id."""
-
-    max_new_tokens: Int[Array, ""]
-    is_stop: Bool[Array, "vocab"]
-    is_forbidden: Bool[Array, "vocab"]
-
-
-class _Output(NamedTuple):
-    tokens: Int[Array, "rows new"]
-    logprobs: Float[Array, "rows new"]
-    filtered_logprobs: Float[Array, "rows new"]
-    n_tokens: Int[Array, "rows"]
-
-
-class _State(NamedTuple):
-    """Between two tokens. step: tokens so far. hidden: of each row's last token. is_done: the row takes no more."""
-
-    step: Int[Array, ""]
-    hidden: Float[Array, "rows width"]
-    cache: list[LayerCache]
-    is_done: Bool[Array, "rows"]
-    output: _Output
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -91,126 +70,194 @@ def bucket(n: int, smallest: int) -> int:
     return max(smallest, power * 3 // 4 if n <= power * 3 // 4 else power)
 
 
+def shape_for(
+    n_prompts: int, n: int, prompt_tokens: int, new_tokens: int, slots: int = SLOTS, has_alternatives: bool = False
+) -> Shape:
+    """The shape that a call is compiled for.
+
+    All prompts get an entry and all samples a lane where these are at most `slots`. Else more prompts at once are
+    better than more samples of each: when a prompt's last samples are written, its other lanes have nothing to do.
+    """
+    entries, lanes = bucket(n_prompts, 1), bucket(n, 1)
+    if entries * lanes > slots:
+        lanes = min(lanes, max(1, slots // entries))
+        entries = min(entries, max(1, slots // lanes))
+    return Shape(entries, lanes, bucket(prompt_tokens, SMALLEST), bucket(new_tokens, SMALLEST), has_alternatives)
+
+
 def generate(
     model: Gemma3,
     params: Tree,
     prompts: Sequence[Sequence[int]],
     *,
     n: int = 1,
-    method: Method,
-    max_new_tokens: int,
+    method: Method | Sequence[Method],
+    max_new_tokens: int | Sequence[int],
     key: Key[Array, ""],
     stop_ids: Collection[int],
+    min_new_tokens: int = 0,
     forbidden_ids: Collection[int] = (),
+    bias: Mapping[int, float] | None = None,
+    watch: Callable[[list[int]], int | None] | None = None,
     rows: Sequence[int] | None = None,
-    least_prompts: int = 1,
-    least_prompt_tokens: int = 1,
+    pictures: Sequence[PromptImages | None] | None = None,
+    wants_entropy: bool = False,
+    n_alternatives: int = 0,
+    slots: int = SLOTS,
+    shape: Shape | None = None,
+    weights: DecodingWeights | None = None,
+    cache_dtype: str | None = None,
 ) -> Generation:
-    """Continue each prompt `n` times, until a stop token or `max_new_tokens`.
+    """Continue each prompt `n` times, until a stop token, `watch`, or `max_new_tokens`.
 
-    Each prompt runs through the model once, whatever `n` is. The noise of a token depends on `key`, the prompt's number
-    in `rows` (its place, if not given), the sample's number and the token's position; on nothing else in the batch.
+    Each prompt runs through the model once, whatever `n` is, and its keys and values are in memory once. The noise of a
+    token depends on `key`, the prompt's number in `rows` (its place, if not given), the sample's number and the token's
+    position; on nothing else in the batch.
 
-    forbidden_ids: never drawn; log-probabilities are still those of the whole vocabulary.
-    least_prompts, least_prompt_tokens: choose buckets as if there were so many, so that a smaller last batch compiles
-        nothing new.
+    method, max_new_tokens: of all prompts, or one for each.
+    min_new_tokens: no stop token is drawn before.
+    forbidden_ids: never drawn. bias: added to the logits of these ids. Log-probabilities are those without either.
+    watch: told the token ids of an answer so far, every few tokens; says after how many of them it ends, if it does.
+    pictures: the images of each prompt.
+    n_alternatives: report so many of the most likely tokens at each place.
+    slots: answers that are written at once; further ones wait, and enter as others end.
+    shape: what to compile for, instead of the bucket of the call: any number of prompts and samples go through it.
+    weights: keeps the layout of the parameters between calls.
+    cache_dtype: of kept keys and values; that of the activations if not given.
 
     Raises:
         DataError: no prompt, an empty one, or a token id outside the vocabulary.
-        ConfigError: `n` or `max_new_tokens` below 1, or no token left to draw.
+        ConfigError: a number out of range, no token left to draw, or a prompt or answer longer than the given shape.
     """
     vocab = model.architecture.vocab_size
-    _check(prompts, n, max_new_tokens, vocab)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    most = max(limits, default=1)
+    check_prompts(prompts, n, min(limits, default=1), vocab)
+    rules = rules_for(vocab, stop_ids, forbidden_ids, bias or {}, min_new_tokens, wants_entropy)
+    tasks = _tasks(prompts, n, rows, method, min_new_tokens, limits, pictures)
+    longest = max(map(len, prompts))
+    if shape is None:
+        shape = shape_for(len(prompts), n, longest, most, slots, n_alternatives > 0)
+    _check_fits(shape, longest, most, n_alternatives)
+    weights = DecodingWeights(model) if weights is None else weights
+    setting, layers = setting_for(weights.model, params, cache_dtype), weights.of(params)
+    compile_ahead(setting, shape, layers, rules, key)
+    schedule = Schedule(setting, shape, layers, rules, key, tasks, watch)
+    ended = [one for some in schedule.run(None if watch is None else WATCH_EVERY) for one in some]
+    generation = _gathered(ended, most, wants_entropy, n_alternatives)
+    return dataclasses.replace(generation, utilisation=schedule.n_drawn / schedule.n_places)
+
+
+def _tasks(
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    rows: Sequence[int] | None,
+    method: Method | Sequence[Method],
+    least: int,
+    limits: Sequence[int],
+    pictures: Sequence[PromptImages | None] | None,
+) -> list[Task]:
     rows = range(len(prompts)) if rows is None else rows
-    if len(rows) != len(prompts):
-        raise DataError(f"{len(prompts)} prompts need as many row numbers, not {len(rows)}")
-    n_prompts = bucket(max(len(prompts), least_prompts), 1)
-    n_slots = bucket(max(least_prompt_tokens, *map(len, prompts)), SMALLEST)
-    packed = _pack(prompts, rows, n_prompts, n_slots)
-    limits = _Limits(jnp.asarray(max_new_tokens), _is_among(stop_ids, vocab), _is_among(forbidden_ids, vocab))
-    if len(set(forbidden_ids).intersection(range(vocab))) == vocab:
+    methods = [method] * len(prompts) if isinstance(method, Method) else list(method)
+    images = [None] * len(prompts) if pictures is None else list(pictures)
+    named = {"row numbers": rows, "methods": methods, "pictures": images, "max_new_tokens": limits}
+    for name, values in named.items():
+        if len(values) != len(prompts):
+            raise DataError(f"{len(prompts)} prompts need as many {name}, not {len(values)}")
+    numbers = np.stack(numbers_of(methods), axis=1).tolist()
+    return [
+        Task(tuple(prompt), n, row, tuple(own), min(least, most), most, some)
+        for prompt, row, own, most, some in zip(prompts, rows, numbers, limits, images, strict=True)
+    ]
+
+
+def setting_for(model: Gemma3, params: Tree, cache_dtype: str | None = None) -> Setting:
+    """How a model with these parameters generates: on the mesh on which they are."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh: Mesh | None = None
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        mesh = sharding.mesh  # type: ignore[assignment]
+    return Setting(model, model.compute_dtype if cache_dtype is None else cache_dtype, mesh)
+
+
+def rules_for(
+    vocab: int,
+    stop_ids: Collection[int],
+    forbidden_ids: Collection[int],
+    bias: Mapping[int, float],
+    min_new_tokens: int,
+    wants_entropy: bool,
+) -> Rules:
+    """The rules of a call as arrays.
+
+    Raises:
+        ConfigError: nothing would be left to draw, or a bias is of no token or no number.
+    """
+    for token, value in bias.items():
+        if not 0 <= token < vocab:
+            raise ConfigError(f"bias names token {token}, and the model's vocabulary ends at {vocab - 1}")
+        if np.isnan(value) or value == np.inf:
+            raise ConfigError(f"bias of token {token} is {value}; it must be a number, or -inf to forbid it")
+    forbidden = frozenset(i for i in forbidden_ids if 0 <= i < vocab)
+    forbidden |= {token for token, value in bias.items() if value == -np.inf}
+    stops = frozenset(i for i in stop_ids if 0 <= i < vocab)
+    if len(forbidden) == vocab:
         raise ConfigError("forbidden_ids names every token of the vocabulary: nothing is left to generate")
-    # One program for all methods and for numbers from a yaml or a computation: always a Sample of float32 scalars.
-    sample = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), method.as_sample())
-    n_new = bucket(max_new_tokens, SMALLEST)
-    output, is_done = jax.device_get(_generate(model, n, n_new, params, packed, sample, limits, key))
-    kept = len(prompts) * n
-    tokens, logprobs, filtered = (x[:kept, :max_new_tokens] for x in output[:3])
-    return Generation(tokens, logprobs, filtered, output.n_tokens[:kept], is_done[:kept])
+    if min_new_tokens and len(forbidden | stops) == vocab:
+        raise ConfigError(f"min_new_tokens={min_new_tokens} leaves nothing to draw: every token is forbidden or a stop")
+    is_stop, forbids = _is_among(stops, vocab), _is_among(forbidden, vocab)
+    added = np.where(forbids, np.float32(-np.inf), np.float32(0))
+    for token, value in bias.items():
+        added[token] += value
+    return Rules(jnp.asarray(added), jnp.asarray(is_stop), jnp.asarray(wants_entropy))
 
 
-@partial(jax.jit, static_argnames=("model", "n", "n_new"))
-def _generate(
-    model: Gemma3, n: int, n_new: int, params: Tree, prompts: _Prompts, sample: Sample, limits: _Limits, key: Array
-) -> tuple[_Output, Array]:
-    """`n` rows for each prompt, and whether each came to a stop token."""
-    hidden, cache = prefill(model, params, prompts.tokens, prompts.lengths, n_new)
-    hidden, cache, is_real, lengths = jax.tree.map(
-        lambda x: jnp.repeat(x, n, axis=0), (hidden, cache, prompts.is_real, prompts.lengths)
-    )
-    fold = jax.vmap(jax.random.fold_in)
-    prompt_keys = jnp.repeat(jax.vmap(partial(jax.random.fold_in, key))(prompts.numbers), n)
-    row_keys = fold(prompt_keys, jnp.tile(jnp.arange(n), len(prompts.numbers)))
-    slots = slots_of(lengths, prompts.tokens.shape[1], n_new)
-    params = decoding_params(model, params)
-
-    def advance(state: _State) -> _State:
-        logits = model.unembed(params, state.hidden)
-        allowed = jnp.where(limits.is_forbidden[None], -jnp.inf, logits)
-        tokens, filtered = draw(sample, allowed, fold(row_keys, lengths + state.step))
-        logprobs = _logprobs(logits, tokens, sample.temperature)
-        output = _record(state, tokens, logprobs, filtered)
-        hidden, cache = decode(model, params, state.cache, slots, tokens, prompts.tokens.shape[1] + state.step)
-        return _State(state.step + 1, hidden, cache, state.is_done | limits.is_stop[tokens], output)
-
-    n_rows = len(lengths)
-    nothing = jnp.zeros((n_rows, n_new), jnp.float32)
-    output = _Output(nothing.astype(jnp.int32), nothing, nothing, jnp.zeros(n_rows, jnp.int32))
-    start = _State(jnp.int32(0), hidden, cache, ~is_real, output)
-    goes_on = lambda state: (state.step < limits.max_new_tokens) & ~jnp.all(state.is_done)  # noqa: E731
-    end = jax.lax.while_loop(goes_on, advance, start)
-    return end.output, end.is_done
-
-
-def _logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, "rows"], temperature: Number) -> Array:
-    heights = logits / jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature)
-    chosen = jnp.take_along_axis(heights, tokens[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(heights, axis=-1)
-
-
-def _record(state: _State, tokens: Array, logprobs: Array, filtered: Array) -> _Output:
-    """The output with one more column; rows that are done get 0."""
-
-    def put(into, column):
-        column = jnp.where(state.is_done, 0, column)[:, None]
-        return jax.lax.dynamic_update_slice_in_dim(into, column, state.step, axis=1)
-
-    new = (tokens, logprobs, filtered)
-    tokens, logprobs, filtered = (put(into, column) for into, column in zip(state.output[:3], new, strict=True))
-    return _Output(tokens, logprobs, filtered, state.output.n_tokens + ~state.is_done)
-
-
-def _pack(prompts: Sequence[Sequence[int]], numbers: Sequence[int], n_prompts: int, n_slots: int) -> _Prompts:
-    """Right-padded to the bucket; a row that fills it is one token long."""
-    tokens = np.zeros((n_prompts, n_slots), np.int32)
-    lengths = np.ones(n_prompts, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-        lengths[i] = len(prompt)
-    row_numbers = np.zeros(n_prompts, np.uint32)
-    row_numbers[: len(prompts)] = numbers
-    is_real = np.arange(n_prompts) < len(prompts)
-    return _Prompts(*map(jnp.asarray, (tokens, lengths, is_real, row_numbers)))
-
-
-def _is_among(ids: Collection[int], vocab: int) -> Bool[Array, "vocab"]:
-    """For every token id whether it is one of `ids`; a tokenizer may know more ids than the model."""
+@functools.lru_cache(maxsize=16)
+def _is_among(ids: frozenset[int], vocab: int) -> Bool[np.ndarray, "vocab"]:
+    """For every token id whether it is one of `ids`."""
     is_among = np.zeros(vocab, bool)
-    is_among[[i for i in ids if 0 <= i < vocab]] = True
-    return jnp.asarray(is_among)
+    is_among[list(ids)] = True
+    return is_among
 
 
-def _check(prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, vocab: int) -> None:
+def _gathered(ended: Iterable[Ended], max_new_tokens: int, wants_entropy: bool, n_alternatives: int) -> Generation:
+    """Answers as arrays, in the order of their prompts and samples."""
+    ordered = sorted(ended, key=lambda one: (one.task, one.sample))
+    tokens = np.zeros((len(ordered), max_new_tokens), np.int32)
+    scores = np.zeros((3, len(ordered), max_new_tokens), np.float32)
+    first = ordered[0].likely
+    n_likely = 0 if first is None else min(n_alternatives, first[0].shape[1])
+    ids = np.zeros((len(ordered), max_new_tokens, n_likely), np.int32)
+    logprobs = np.zeros(ids.shape, np.float32)
+    for row, one in enumerate(ordered):
+        end = len(one.tokens)
+        tokens[row, :end], scores[:, row, :end] = one.tokens, one.scores.T
+        if n_likely and one.likely is not None:
+            ids[row, :end], logprobs[row, :end] = (x[:, :n_likely] for x in one.likely)
+    return Generation(
+        tokens=tokens,
+        logprobs=scores[0],
+        filtered_logprobs=scores[1],
+        entropies=scores[2] if wants_entropy else None,
+        likely=(ids, logprobs) if n_alternatives else None,
+        n_tokens=np.array([len(one.tokens) for one in ordered], np.int32),
+        finish_reasons=[one.reason for one in ordered],
+    )
+
+
+def _check_fits(shape: Shape, longest: int, max_new_tokens: int, n_alternatives: int) -> None:
+    if not 0 <= n_alternatives <= ALTERNATIVES:
+        raise ConfigError(f"n_alternatives={n_alternatives} must be from 0 to {ALTERNATIVES}")
+    if n_alternatives and not shape.has_alternatives:
+        raise ConfigError(f"n_alternatives={n_alternatives} needs a shape with has_alternatives")
+    if longest > shape.prompt_tokens:
+        raise ConfigError(f"a prompt has {longest} tokens, and the shape has room for {shape.prompt_tokens}")
+    if max_new_tokens > shape.new_tokens:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}, and the shape has room for {shape.new_tokens}")
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, vocab: int) -> None:
+    """Raises: see `generate`."""
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")

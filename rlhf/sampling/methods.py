@@ -1,35 +1,27 @@
-"""How the next token is chosen from its logits.
+"""How the next token is chosen from its logits: methods as values.
 
-A method is a value and its numbers are traced: one compiled program serves greedy decoding and every mixture of
-temperature, top-k, top-p and min-p. Nothing sorts the vocabulary: top-k and top-p choose among the CANDIDATES most
-likely tokens.
+Every method that draws is a `Sample`, whose numbers are data of the compiled program, one of each for every row: one
+program serves greedy decoding and every mixture of temperature, top-k, top-p, min-p and repetition penalty, also within
+one batch. `rlhf.sampling.draw` does what they say.
 """
 
 from abc import abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Float
 
 from rlhf.config import Number, config, require_range
 from rlhf.errors import ConfigError
 
-CANDIDATES = 256  # the most tokens that top-k or top-p leaves to choose from
-
-
-class Drawn(NamedTuple):
-    """tokens: one for each row. filtered_logprobs: of these under the distribution they were drawn from, nats."""
-
-    tokens: Int[Array, "batch"]
-    filtered_logprobs: Float[Array, "batch"]
-
 
 class Method:
-    """A way to choose tokens; every one is a setting of `Sample`, which is what is compiled."""
+    """A way to choose tokens."""
 
     @abstractmethod
-    def as_sample(self) -> "Sample": ...
+    def as_sample(self) -> "Sample":
+        """The numbers of the compiled program."""
 
 
 @config
@@ -44,10 +36,12 @@ class Greedy(Method):
 class Sample(Method):
     """Draw from softmax(logits / temperature), restricted by what is set of the others, in this order.
 
+    repetition_penalty: logits of tokens that prompt or answer hold already are divided by it where positive, multiplied
+        where negative (Keskar et al., 2019, section 4.1); 1 changes nothing.
     temperature: 1 is the model's own distribution, 0 is greedy.
-    top_k: keep the k most likely tokens, at most CANDIDATES; 0 keeps all.
+    top_k: keep the k most likely tokens; 0 keeps all.
     top_p: of what top_k left, keep the most likely tokens up to and with the one that brings their share to top_p
-        (Holtzman et al., 2020, section 3.1). 1 keeps all; below 1 without top_k at most CANDIDATES tokens stay.
+        (Holtzman et al., 2020, section 3.1). 1 keeps all.
     min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al., 2024, section 3); 0 keeps
         all.
     """
@@ -56,12 +50,14 @@ class Sample(Method):
     top_k: Number = 0.0
     top_p: Number = 1.0
     min_p: Number = 0.0
+    repetition_penalty: Number = 1.0
 
     def __post_init__(self):
         require_range(self, "temperature", at_least=0)
-        require_range(self, "top_k", at_least=0, at_most=CANDIDATES)
+        require_range(self, "top_k", at_least=0)
         require_range(self, "top_p", above=0, at_most=1)
         require_range(self, "min_p", at_least=0, at_most=1)
+        require_range(self, "repetition_penalty", above=0)
         if isinstance(self.top_k, float | int) and self.top_k != int(self.top_k):
             raise ConfigError(f"top_k={self.top_k!r} of Sample must be a whole number")
 
@@ -69,46 +65,36 @@ class Sample(Method):
         return self
 
 
-def draw(method: Sample, logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"]) -> Drawn:
-    """One token for each row. A row's draw depends on its own logits and key only; logits of -inf are never drawn."""
-    is_cut = (jnp.asarray(method.top_k) > 0) | (jnp.asarray(method.top_p) < 1)
-    branch = jnp.where(jnp.asarray(method.temperature) == 0, 0, jnp.where(is_cut, 2, 1))
-    return jax.lax.switch(branch, (_most_likely, _from_all, _from_candidates), method, logits, keys)
+@config
+class Beam(Method):
+    """Beam search: the answer of the greatest log-probability / tokens ** length_penalty that is found.
+
+    width: beginnings of an answer that are kept at every token.
+    length_penalty: 0 compares sums of log-probabilities, which favours short answers, 1 means per token.
+    """
+
+    width: int = 4
+    length_penalty: Number = 1.0
+
+    def __post_init__(self):
+        require_range(self, "width", at_least=1)
+        require_range(self, "length_penalty", at_least=0)
+
+    def as_sample(self) -> Sample:
+        raise ConfigError("Beam searches and does not draw: it can't be mixed with other methods or ask for n samples")
 
 
-def _most_likely(method: Sample, logits: Array, keys: Array) -> Drawn:
-    return Drawn(jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32))
+class Numbers(NamedTuple):
+    """A `Sample` for each row."""
+
+    temperature: Float[Any, "rows"]
+    top_k: Float[Any, "rows"]
+    top_p: Float[Any, "rows"]
+    min_p: Float[Any, "rows"]
+    repetition_penalty: Float[Any, "rows"]
 
 
-def _from_all(method: Sample, logits: Array, keys: Array) -> Drawn:
-    heights = (logits - jnp.max(logits, axis=-1, keepdims=True)) / method.temperature
-    return Drawn(*_gumbel_max(jnp.where(heights >= jnp.log(method.min_p), heights, -jnp.inf), keys))
-
-
-def _from_candidates(method: Sample, logits: Array, keys: Array) -> Drawn:
-    # The top is not taken from the candidates: a slice of top_k's result makes XLA sort the whole vocabulary on CPU.
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    best, ids = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
-    heights = (best - top) / method.temperature
-    has_top_k = jnp.asarray(method.top_k) > 0
-    is_kept = (jnp.arange(heights.shape[-1]) < method.top_k) | ~has_top_k
-    heights = jnp.where(is_kept[None], heights, -jnp.inf)
-    # Without top-k, shares are of the whole vocabulary and not of the candidates.
-    log_total = jnp.where(
-        has_top_k,
-        jax.nn.logsumexp(heights, axis=-1, keepdims=True),
-        jax.nn.logsumexp((logits - top) / method.temperature, axis=-1, keepdims=True),
-    )
-    shares = jnp.exp(heights - log_total)
-    share_before = jnp.cumsum(shares, axis=-1) - shares
-    is_drawn = (share_before < method.top_p) & (heights >= jnp.log(method.min_p))
-    ranks, logprobs = _gumbel_max(jnp.where(is_drawn, heights, -jnp.inf), keys)
-    return Drawn(jnp.take_along_axis(ids, ranks[:, None], axis=-1)[:, 0], logprobs)
-
-
-def _gumbel_max(heights: Array, keys: Array) -> tuple[Array, Array]:
-    """Index drawn from softmax(heights) in each row, and its log-probability."""
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, heights.shape[-1:]))(keys)
-    chosen = jnp.argmax(heights + noise, axis=-1).astype(jnp.int32)
-    height = jnp.take_along_axis(heights, chosen[:, None], axis=-1)[:, 0]
-    return chosen, height - jax.nn.logsumexp(heights, axis=-1)
+def numbers_of(methods: Sequence[Method]) -> Numbers:
+    """One row for each method; numbers that a computation made are fetched."""
+    samples = [method.as_sample() for method in methods]
+    return Numbers(*(np.array([float(getattr(s, name)) for s in samples], np.float32) for name in Numbers._fields))

@@ -1,21 +1,29 @@
 """Measure a checkpoint on held-out rows: accuracy of generated answers, and the algorithm's own loss and metrics."""
 
+import functools
 import json
 import logging
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from rlhf.build import Experiment
 from rlhf.config import config
 from rlhf.errors import ConfigError
 from rlhf.sampling.evaluate import evaluate_prompts, interval
-from rlhf.train.checkpoint import read_record
-from rlhf.train.update import measure, measure_all
+from rlhf.train.update import eager_measure, measure_all
 
 log = logging.getLogger(__name__)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _measure_each(params: Any, batch: dict[str, Any], algorithm: Any, *, model: Any) -> dict[str, jax.Array]:
+    """Loss and metrics of each row as if it were alone."""
+    scalars = {name: x for name, x in batch.items() if not x.ndim}
+    rows = {name: x[:, None] for name, x in batch.items() if x.ndim}
+    return jax.vmap(lambda one: eager_measure(params, {**one, **scalars}, algorithm, model=model))(rows)
 
 
 @config
@@ -55,9 +63,8 @@ class Evaluate:
         prompts = experiment.prompts(settings.rows)
         if not prompts or any(prompt.answer is None for prompt in prompts):
             return {}
-        parameters, tokenizer = experiment.parameters, experiment.tokenizer
         summary, rows = evaluate_prompts(
-            experiment.model, parameters, tokenizer, prompts, settings, experiment.settings.reward
+            experiment.sampler, experiment.parameters, prompts, settings, experiment.settings.reward
         )
         with (experiment.folder / "rows.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -83,12 +90,15 @@ class Evaluate:
         return {**measured, "n_scored": n}
 
     def _by_row(self, experiment: Experiment, parameters: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
-        """Every row alone, kept in `scored.jsonl`; a metric is the mean of its values there."""
-        rows = []
-        for place, number in enumerate(prepared["row"].tolist()):
-            one = {name: x[place : place + 1] if x.ndim else x for name, x in prepared.items()}
-            values = measure(parameters, one, experiment.settings.algorithm, model=experiment.model)
-            rows.append({"row": number} | {name: float(value) for name, value in values.items()})
+        """Every row's own numbers, kept in `scored.jsonl`; a metric is the mean of its values there."""
+        algorithm, numbers, rows = experiment.settings.algorithm, prepared["row"].tolist(), []
+        size = min(algorithm.microbatch_size, len(numbers))
+        for start in range(0, len(numbers), size):
+            places = np.minimum(np.arange(start, start + size), len(numbers) - 1)  # the last part is filled up
+            some = {name: x[places] if x.ndim else x for name, x in prepared.items()}
+            values = jax.device_get(_measure_each(parameters, some, algorithm, model=experiment.model))
+            for place, number in enumerate(numbers[start : start + size]):
+                rows.append({"row": number} | {name: float(value[place]) for name, value in values.items()})
         with (experiment.folder / "scored.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if name != "row"}
@@ -99,6 +109,11 @@ class Evaluate:
             return experiment.load_or_draw(self.reference, 0)
         if checkpoint is None:
             return experiment.parameters
-        began = read_record(Path(checkpoint))
+        began = getattr(experiment.source, "record", None)
+        if began is None:
+            raise ConfigError(
+                f"model.checkpoint={checkpoint} is no run of this library, so what it started from is not known: give "
+                "task.reference=…, the checkpoint that the algorithm's reference has"
+            )
         log.info("reference: what %s started from", checkpoint)
         return experiment.load_or_draw(began["started_from"], began["seed"])

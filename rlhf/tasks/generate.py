@@ -5,15 +5,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from rlhf.build import Experiment
-from rlhf.config import config
+from rlhf.config import config, require_range
 from rlhf.data.encode import Prompt
 from rlhf.data.jsonl import read_json
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.chat import ChatTemplate, Message
-from rlhf.sampling.completions import complete
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +20,16 @@ class Generate:
     """`rlhf task=generate prompts='[How are you?]' model.checkpoint=…`.
 
     prompts: questions, or one file: .txt with a question a line, .jsonl with a field `prompt` (text or messages).
-    How to generate is `evaluation.method`, `evaluation.max_new_tokens` and `evaluation.seed`.
+    n: answers to each.
+    How to generate is `evaluation.method`, `max_new_tokens`, `seed`, `stop`; with `sampling.weights` or
+    `sampling.cache_dtype`, how far log-probabilities are from the trainer's is measured.
     """
 
     prompts: tuple[str, ...] | str
+    n: int = 1
+
+    def __post_init__(self):
+        require_range(self, "n", at_least=1)
 
     def __call__(self, experiment: Experiment) -> dict[str, Any]:
         """Prints each answer and writes `generations.jsonl`.
@@ -35,30 +38,36 @@ class Generate:
             ConfigError: no prompts. DataError: a file or row that can't be used.
         """
         conversations = self._conversations()
-        tokenizer, settings = experiment.tokenizer, experiment.settings.evaluation
-        template = ChatTemplate(tokenizer)
+        settings, template = experiment.settings.evaluation, ChatTemplate(experiment.tokenizer)
         prompts = [Prompt(tuple(template.prompt(c)), None, {}, row) for row, c in enumerate(conversations)]
+        sampler, parameters = experiment.sampler, experiment.parameters
+        rollout = sampler(
+            parameters,
+            prompts,
+            n=self.n,
+            method=settings.method,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            stop=settings.stop,
+            slots=settings.batch_size,
+        )
         rows = []
-        for start in range(0, len(prompts), settings.batch_size):
-            part = prompts[start : start + settings.batch_size]
-            answers = complete(
-                experiment.model,
-                experiment.parameters,
-                tokenizer,
-                part,
-                method=settings.method,
-                max_new_tokens=settings.max_new_tokens,
-                key=jax.random.key(settings.seed),
-            )
-            for prompt, answer in zip(part, answers, strict=True):
-                messages = [message._asdict() for message in conversations[prompt.row]]
-                rows.append({"prompt": messages, "answer": answer.text, "is_truncated": answer.is_truncated})
-                print(f"\n> {messages[-1]['content']}\n{answer.text}{' …' if answer.is_truncated else ''}")
+        for number, answer in enumerate(rollout.completions):
+            messages = [message._asdict() for message in conversations[number // rollout.n]]
+            row = {"prompt": messages, "answer": answer.text, "is_truncated": answer.is_truncated}
+            rows.append({**row, "finish_reason": answer.finish_reason, "n_tokens": answer.n_tokens})
+            print(f"\n> {messages[-1]['content']}\n{answer.text}{' …' if answer.is_truncated else ''}")
+        metrics = rollout.metrics()
+        if sampler.settings.weights is not None or sampler.settings.cache_dtype is not None:
+            temperature = getattr(settings.method, "temperature", 1.0) or 1.0
+            metrics["sampling/logp_difference"] = sampler.difference(parameters, prompts, rollout, temperature)
+        for name, value in metrics.items():
+            log.info("%-28s %.4g", name, value)
         path = experiment.folder / "generations.jsonl"
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         log.info("%d answers written: %s", len(rows), path)
-        return {"n": len(rows), "path": str(path)}
+        return {"n": len(rows), "path": str(path), **metrics}
 
     def _conversations(self) -> list[list[Message]]:
         texts = list(self.prompts) if isinstance(self.prompts, tuple) else self._read(Path(self.prompts))

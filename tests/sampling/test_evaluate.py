@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import pytest
@@ -9,11 +10,13 @@ import pytest
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.gemma3 import Architecture, Gemma3
 from rlhf.model.tokenizer import Tokenizer
-from rlhf.sampling import completions, evaluate
-from rlhf.sampling.completions import Completion, complete, never_drawn, sample_rows
+from rlhf.sampling import sampler as sampling
 from rlhf.sampling.evaluate import Evaluation, evaluate_prompts, interval
 from rlhf.sampling.generate import generate
-from rlhf.sampling.methods import Greedy, Sample
+from rlhf.sampling.methods import Beam, Greedy, Sample
+from rlhf.sampling.sampler import Completion, Sampler, never_drawn
+from rlhf.sampling.samples import sample_rows
+from rlhf.sampling.settings import SamplingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Prompt:
     answer: str | None
     row: int
     fields: dict = dataclasses.field(default_factory=dict)
+    soft_tokens: tuple = ()
+    pictures: tuple = ()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def parts():
             window=8,
         )
     )
-    return model, {"model": model.initialise(jax.random.key(0))}, tokenizer
+    return Sampler(model, tokenizer), {"model": jax.device_put(model.initialise(0))}
 
 
 def prompts_of(tokenizer, answers):
@@ -53,14 +58,16 @@ def prompts_of(tokenizer, answers):
 def test_answers_are_judged_and_counted(parts, monkeypatch):
     """With canned answers: right, right in another form, wrong, no form, and cut."""
     canned = [
-        Completion("2 + 2 = 4\n#### 4", 9, False),
-        Completion("#### 1,000.0.", 7, False),
-        Completion("#### 5", 3, False),
-        Completion("it is 4", 5, False),
-        Completion("so so so so", 16, True),
+        Completion("2 + 2 = 4\n#### 4", 9),
+        Completion("#### 1,000.0.", 7),
+        Completion("#### 5", 3),
+        Completion("it is 4", 5),
+        Completion("so so so so", 16, "length"),
     ]
-    monkeypatch.setattr(evaluate, "complete", lambda *args, **settings: canned)
-    prompts = prompts_of(parts[2], ["so\n#### 4", "1000", "4", "#### 4", "4"])
+    sampler = parts[0]
+    rollout = types.SimpleNamespace(completions=canned)
+    monkeypatch.setattr(Sampler, "__call__", lambda *args, **settings: rollout)
+    prompts = prompts_of(sampler.tokenizer, ["so\n#### 4", "1000", "4", "#### 4", "4"])
     summary, rows = evaluate_prompts(*parts, prompts, Evaluation())
     assert summary == {
         "n": 5,
@@ -83,7 +90,7 @@ def test_answers_are_judged_and_counted(parts, monkeypatch):
 
 
 def test_the_batch_size_changes_nothing(parts):
-    prompts = prompts_of(parts[2], ["4"] * 5)
+    prompts = prompts_of(parts[0].tokenizer, ["4"] * 5)
     settings = {"max_new_tokens": 8, "method": Sample(), "seed": 3}
     one = evaluate_prompts(*parts, prompts, Evaluation(batch_size=2, **settings))
     assert one == evaluate_prompts(*parts, prompts, Evaluation(batch_size=5, **settings))
@@ -96,28 +103,80 @@ def test_the_batch_size_changes_nothing(parts):
 
 
 def test_only_ends_and_text_can_be_drawn(parts, monkeypatch):
-    model, params, tokenizer = parts
-    forbidden = never_drawn(tokenizer, model.architecture.vocab_size)
+    sampler, params = parts
+    tokenizer, vocab = sampler.tokenizer, sampler.model.architecture.vocab_size
+    forbidden = never_drawn(tokenizer, vocab)
     assert {tokenizer.pad, tokenizer.bos, tokenizer.start_of_turn, tokenizer.start_of_image} <= set(forbidden)
     assert not {*tokenizer.stop_ids, *tokenizer.encode("a 1\n")} & set(forbidden)
     beyond = never_drawn(tokenizer, tokenizer.n_vocab + 2)
     assert beyond[-2:] == (tokenizer.n_vocab, tokenizer.n_vocab + 1)
-    seen = []
+    asked = {}
 
     def generate_and_keep(*args, **settings):
-        seen.append((generate(*args, **settings), settings))
-        return seen[-1][0]
+        asked.update(settings)
+        return generate(*args, **settings)
 
-    monkeypatch.setattr(completions, "generate", generate_and_keep)
-    settings = {"method": Sample(temperature=2.0), "max_new_tokens": 16, "key": jax.random.key(0)}
-    answers = complete(model, params, tokenizer, prompts_of(tokenizer, [None] * 5), **settings)
-    generation, asked = seen[0]
+    monkeypatch.setattr(sampling, "generate", generate_and_keep)
+    rollout = sampler(params, prompts_of(tokenizer, [None] * 5), n=2, method=Sample(temperature=2.0), max_new_tokens=16)
     assert tuple(asked["stop_ids"]) == (tokenizer.eos, tokenizer.end_of_turn)
     assert list(asked["rows"]) == [10, 11, 12, 13, 14]
-    for answer, ids, n in zip(answers, generation.answers(), generation.n_tokens, strict=True):
+    assert len(rollout.completions) == 10
+    g = rollout.generation
+    for answer, ids, n in zip(rollout.completions, g.answers(), g.n_tokens, strict=True):
         assert not set(ids) & set(forbidden)
         assert answer.text == tokenizer.decode(ids)
         assert answer.n_tokens == n == len(ids) + (not answer.is_truncated)
+    metrics = rollout.metrics()
+    assert metrics["sampling/mean_tokens"] == g.n_tokens.mean()
+    assert metrics["sampling/tokens_per_second"] == pytest.approx(g.n_tokens.sum() / metrics["sampling/seconds"])
+    assert 0 < metrics["sampling/utilisation"] <= 1
+
+
+def test_a_stop_text_ends_an_answer_exactly_where_it_begins(parts):
+    """Whichever token completes it: the text before it stays, and the noise of other rows is as it was."""
+    sampler, params = parts
+    prompts = prompts_of(sampler.tokenizer, [None] * 6)
+    settings = {"method": Sample(temperature=1.5), "max_new_tokens": 40}
+    free = sampler(params, prompts, **settings)
+    stops = [free.texts[0][5:8], free.texts[3][9:12]]
+    stopped = sampler(params, prompts, stop=stops, **settings)
+    n_stopped = 0
+    for row, (before, after) in enumerate(zip(free.completions, stopped.completions, strict=True)):
+        places = [before.text.find(stop) for stop in stops if stop in before.text]
+        if not places:
+            assert after == before
+            continue
+        n_stopped += 1
+        assert after.finish_reason == "stop_text"
+        assert after.text == before.text[: min(places)]
+        ids = stopped.generation.tokens[row, : after.n_tokens].tolist()
+        assert any(stop in sampler.tokenizer.decode(ids) for stop in stops)
+        assert not any(stop in sampler.tokenizer.decode(ids[:-1]) for stop in stops)
+        assert not stopped.generation.tokens[row, after.n_tokens :].any()
+    assert n_stopped >= 2
+    with pytest.raises(ConfigError, match="stop holds an empty text"):
+        sampler(params, prompts, stop=[""], **settings)
+
+
+def test_narrow_weights_are_near_the_trainers_numbers(parts):
+    sampler, params = parts
+    prompts = prompts_of(sampler.tokenizer, [None] * 3)
+    gaps = {}
+    for kind in (None, "bfloat16", "int8"):
+        narrow = Sampler(sampler.model, sampler.tokenizer, SamplingSettings(weights=kind))
+        rollout = narrow(params, prompts, method=Sample(temperature=0.8), max_new_tokens=16)
+        gaps[kind] = narrow.difference(params, prompts, rollout, 0.8)
+    assert gaps[None] < 1e-5
+    assert 1e-5 < gaps["bfloat16"] < 0.02
+    assert 1e-5 < gaps["int8"] < 0.05
+
+
+def test_beam_search_in_an_evaluation(parts):
+    prompts = prompts_of(parts[0].tokenizer, ["4"] * 3)
+    settings = Evaluation(method=Beam(width=3), max_new_tokens=6)
+    summary, rows = evaluate_prompts(*parts, prompts, settings)
+    assert summary["n"] == 3
+    assert rows == evaluate_prompts(*parts, prompts, settings)[1]
 
 
 def test_intervals():
@@ -129,7 +188,7 @@ def test_intervals():
 
 
 def test_references_are_checked_before_anything_runs(parts):
-    tokenizer = parts[2]
+    tokenizer = parts[0].tokenizer
     with pytest.raises(DataError, match="row 11 has no reference answer"):
         evaluate_prompts(*parts, prompts_of(tokenizer, ["4", None]), Evaluation())
     with pytest.raises(DataError, match="row 10: the reference answer 'Paris' holds no number"):
@@ -150,17 +209,18 @@ def test_a_blank_marker_is_refused():
 
 
 def test_sample_rows_are_a_function_of_seed_and_step(parts):
-    prompts = prompts_of(parts[2], ["#### 4", None])
-    rows = sample_rows(*parts, prompts, step=5, seed=1, max_new_tokens=8)
-    assert rows == sample_rows(*parts, prompts, step=5, seed=1, max_new_tokens=8)
+    prompts = prompts_of(parts[0].tokenizer, ["#### 4", None])
+    rows = sample_rows(*parts, prompts, step=5, max_new_tokens=8)
+    assert rows == sample_rows(*parts, prompts, step=5, max_new_tokens=8)
     assert [list(row) for row in rows] == [["step", "row", "prompt", "greedy", "sampled", "answer"]] * 2
     assert [(row["step"], row["row"], row["answer"]) for row in rows] == [(5, 10, "#### 4"), (5, 11, None)]
-    later = sample_rows(*parts, prompts, step=6, seed=1, max_new_tokens=8)
+    later = sample_rows(*parts, prompts, step=6, max_new_tokens=8)
     assert [row["greedy"] for row in later] == [row["greedy"] for row in rows]
     assert all(a["sampled"] != b["sampled"] for a, b in zip(later, rows, strict=True))
-    other = sample_rows(*parts, prompts, step=5, seed=2, max_new_tokens=8)
+    sampler = Sampler(parts[0].model, parts[0].tokenizer, seed=2)
+    other = sample_rows(sampler, parts[1], prompts, step=5, max_new_tokens=8)
     assert all(a["sampled"] != b["sampled"] for a, b in zip(other, rows, strict=True))
-    alone = sample_rows(*parts, prompts[1:], step=5, seed=1, max_new_tokens=8)
+    alone = sample_rows(*parts, prompts[1:], step=5, max_new_tokens=8)
     assert alone == rows[1:]
-    greedy = complete(*parts, prompts, method=Greedy(), max_new_tokens=8, key=jax.random.key(9))
-    assert [row["greedy"] for row in rows] == [c.text for c in greedy]
+    greedy = parts[0](parts[1], prompts, method=Greedy(), max_new_tokens=8, step=9)
+    assert [row["greedy"] for row in rows] == greedy.texts

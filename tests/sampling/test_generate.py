@@ -14,17 +14,29 @@ from rlhf.model.gemma3 import Architecture, Gemma3
 from rlhf.model.sharding import make_mesh, place
 from rlhf.sampling.generate import bucket, generate
 from rlhf.sampling.methods import Greedy, Sample
+from rlhf.sampling.programs import Shape
 
 KEY = jax.random.key(11)
+SHAPE = Shape(entries=6, lanes=1, prompt_tokens=32, new_tokens=16)  # one compilation for most of these tests
+LONG = Shape(entries=6, lanes=1, prompt_tokens=32, new_tokens=48)
 SMALL = Architecture(
-    vocab_size=64, width=32, ff_width=48, layers=7, heads=4, kv_heads=2, head_width=8, query_scale=8**-0.5, window=5
+    vocab_size=64,
+    width=32,
+    ff_width=48,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_width=8,
+    query_scale=8**-0.5,
+    window=5,
+    pattern=2,
 )
 
 
 @pytest.fixture(scope="module")
 def small():
     model = Gemma3(SMALL)
-    return model, {"model": model.initialise(jax.random.key(0))}
+    return model, {"model": jax.device_put(model.initialise(0))}
 
 
 def prompts_of(lengths, seed=0):
@@ -33,8 +45,7 @@ def prompts_of(lengths, seed=0):
 
 
 def run(small, prompts, **settings):
-    defaults = {"method": Sample(), "max_new_tokens": 12, "key": KEY, "stop_ids": ()}
-    defaults |= {"least_prompts": 6, "least_prompt_tokens": 32}  # one compiled shape for most of these tests
+    defaults = {"method": Sample(), "max_new_tokens": 12, "key": KEY, "stop_ids": (), "shape": SHAPE}
     return generate(*small, prompts, **{**defaults, **settings})
 
 
@@ -56,7 +67,7 @@ def test_greedy_equals_the_reference(shared, name):
     prompts = [row[:n].tolist() for row, n in zip(expected["input_ids"], expected["lengths"], strict=True)]
     assert len({len(p) for p in prompts}) == 3
     model = Gemma3(a)
-    generation = run((model, params), prompts, method=Greedy(), max_new_tokens=40)
+    generation = run((model, params), prompts, method=Greedy(), max_new_tokens=40, shape=LONG)
     np.testing.assert_array_equal(generation.tokens[:, :12], expected["greedy"])
     assert generation.finish_reasons == ["length"] * 3
     again = recompute(model, params, prompts, generation, 1.0)
@@ -69,7 +80,7 @@ def test_logprobs_equal_the_trainers_far_past_the_window(shared, method):
     """30 to 64 tokens and a window of 8: every local layer has long lost the prompt."""
     a, params, _ = load_reference(shared / "fixtures" / "gemma3_tiny_text_rope8")
     model, prompts = Gemma3(a), prompts_of((24, 3, 17, 1, 9))
-    generation = run((model, params), prompts, method=method, max_new_tokens=40)
+    generation = run((model, params), prompts, method=method, max_new_tokens=40, shape=LONG)
     again = recompute(model, params, prompts, generation, method.temperature)
     for i, logprobs in enumerate(again):
         assert len(logprobs) == 40
@@ -138,7 +149,7 @@ def test_a_row_draws_the_same_alone_in_a_batch_and_shuffled(small):
         alone = run(small, [prompt], rows=[i])
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
         np.testing.assert_array_equal(alone.logprobs[0], together.logprobs[i])  # same shape: bit for bit
-    other_shape = run(small, prompts[2:4], rows=[2, 3], least_prompts=1, least_prompt_tokens=1)
+    other_shape = run(small, prompts[2:4], rows=[2, 3], shape=None)
     np.testing.assert_array_equal(other_shape.tokens, together.tokens[2:4])
     np.testing.assert_allclose(other_shape.logprobs, together.logprobs[2:4], atol=1e-5)
 
@@ -195,7 +206,7 @@ def test_nothing_compiles_inside_a_bucket(small):
                 forbidden_ids=rng.integers(0, 64, step).tolist(),
             )
         assert compiled == []
-        run(small, prompts_of((3,)), max_new_tokens=17)
+        run(small, prompts_of((3,)), max_new_tokens=17, shape=None)
         assert compiled  # the next bucket: the count does count
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -7,9 +7,12 @@ import pytest
 from scipy.stats import chisquare
 
 from rlhf.errors import ConfigError
-from rlhf.sampling.methods import CANDIDATES, Greedy, Sample, draw
+from rlhf.sampling.draw import CANDIDATES, candidates, draw
+from rlhf.sampling.methods import Greedy, Method, Numbers, Sample, numbers_of
+from rlhf.sampling.search import is_kept, search_bounds
 
-N_DRAWS = 4000
+DRAW = jax.jit(draw)
+N_DRAWS = 20_000
 LOGITS = np.random.default_rng(5).normal(0, 2, 40).astype(np.float32)
 
 METHODS = [
@@ -42,10 +45,14 @@ def exact(method: Sample, logits: np.ndarray) -> np.ndarray:
     return p / p.sum()
 
 
-def draws(method: Sample, logits: np.ndarray, n: int = N_DRAWS, seed: int = 0):
-    keys = jax.random.split(jax.random.key(seed), n)
+def tiled(method: Method, n: int) -> Numbers:
+    return Numbers(*(np.repeat(x, n) for x in numbers_of([method])))
+
+
+def draws(method: Method, logits: np.ndarray, n: int = N_DRAWS, seed: int = 0):
+    uniforms = np.random.default_rng(seed).random((n, 2), np.float32)
     rows = jnp.tile(jnp.asarray(logits)[None], (n, 1))
-    drawn = jax.jit(draw)(method, rows, keys)
+    drawn = DRAW(tiled(method, n), rows, uniforms)
     return np.asarray(drawn.tokens), np.asarray(drawn.filtered_logprobs)
 
 
@@ -74,7 +81,7 @@ def test_filters_really_cut():
 
 @pytest.mark.parametrize("method", [Greedy(), Sample(temperature=0.0, top_p=0.5), Sample(top_k=1)], ids=str)
 def test_greedy_in_three_ways(method):
-    tokens, logprobs = draws(method.as_sample(), LOGITS, 20)
+    tokens, logprobs = draws(method, LOGITS, 20)
     assert (tokens == LOGITS.argmax()).all()
     assert (logprobs == 0).all()
 
@@ -98,29 +105,82 @@ def test_a_logit_of_minus_infinity_is_never_drawn(method):
     assert np.isfinite(logprobs).all()
 
 
-def test_top_p_alone_chooses_among_the_candidates():
-    """Shares are of the whole vocabulary: of 1000 equal tokens 100 make 10 %; at most CANDIDATES make any."""
-    flat = np.zeros(1000, np.float32)
-    few, logprobs = draws(Sample(top_p=0.1), flat, 3000)
-    assert len(set(few)) == 100
+@pytest.mark.parametrize("method", [Sample(top_p=0.1), Sample(top_k=100)], ids=str)
+def test_of_equal_tokens_the_first_are_kept(method):
+    """Of 1000 equal tokens 100 make 10 %, more than the candidates that are looked at first."""
+    tokens, logprobs = draws(method, np.zeros(1000, np.float32), 3000)
+    assert set(tokens) == set(range(100))
     np.testing.assert_allclose(logprobs, -np.log(100), rtol=1e-5)
-    many, logprobs = draws(Sample(top_p=0.9), flat, 9000)
-    assert len(set(many)) == CANDIDATES
-    np.testing.assert_allclose(logprobs, -np.log(CANDIDATES), rtol=1e-5)
+
+
+WIDE = np.random.default_rng(7).normal(0, 1.5, 3000).astype(np.float32)
+BEYOND = [
+    Sample(top_k=300),
+    Sample(top_k=2000),
+    Sample(top_p=0.9),
+    Sample(top_k=500, top_p=0.8),
+    Sample(top_p=0.95, min_p=0.01),
+    Sample(temperature=2.0, top_k=2999, top_p=0.99),
+]
+
+
+@pytest.mark.parametrize("method", BEYOND, ids=str)
+def test_filters_that_keep_more_than_the_candidates_are_exact(method):
+    """Each kept token comes up about as often as it should, no other does, and the log-probabilities say so."""
+    p = exact(method, WIDE)
+    assert (p > 0).sum() > CANDIDATES
+    tokens, logprobs = draws(method, WIDE, 6000)
+    np.testing.assert_allclose(np.exp(logprobs), p[tokens], rtol=1e-3)
+    order = np.argsort(-p)
+    groups = np.array_split(order[p[order] > 0], 25)
+    counts = np.bincount(tokens, minlength=len(p))
+    assert counts[p == 0].sum() == 0
+    wanted = np.array([p[g].sum() for g in groups])
+    assert chisquare([counts[g].sum() for g in groups], wanted / wanted.sum() * 6000).pvalue > 0.001
+
+
+def test_the_bounds_are_those_of_a_sort():
+    methods = BEYOND[:2] + BEYOND[3:4]
+    numbers = numbers_of(methods)
+    logits = jnp.tile(WIDE[None], (len(methods), 1))
+    bounds = jax.jit(search_bounds)(numbers, logits, logits.max(axis=-1))
+    kept = np.asarray(is_kept(logits, jnp.arange(len(WIDE))[None], bounds))
+    for row, method in zip(kept, methods, strict=True):
+        np.testing.assert_array_equal(row, exact(method, WIDE) > 0)
+
+
+def test_a_row_does_not_depend_on_the_methods_beside_it():
+    """Rows that need the whole vocabulary, the candidates, or no draw, in one batch and alone: bit for bit."""
+    methods = [Sample(), Sample(top_k=5), Sample(top_p=0.9), Greedy(), Sample(top_k=700), Sample(min_p=0.2)]
+    uniforms = np.random.default_rng(3).random((len(methods), 2), np.float32)
+    logits = jnp.asarray(np.random.default_rng(4).normal(0, 2, (len(methods), 3000)).astype(np.float32))
+    together = DRAW(numbers_of(methods), logits, uniforms)
+    for row, method in enumerate(methods):
+        alone = DRAW(tiled(method, len(methods)), logits, uniforms)
+        assert alone.tokens[row] == together.tokens[row]
+        assert alone.filtered_logprobs[row] == together.filtered_logprobs[row]
+
+
+@pytest.mark.parametrize("vocab", [50, 1024, 4096, 6007, 65_536])
+def test_candidates_are_the_largest(vocab):
+    logits = jnp.asarray(np.random.default_rng(vocab).normal(0, 1, (3, vocab)).astype(np.float32))
+    n = min(CANDIDATES, vocab)
+    values, ids = jax.jit(candidates, static_argnums=1)(logits, n)
+    wanted = np.sort(np.asarray(logits), axis=-1)[:, ::-1][:, :n]
+    np.testing.assert_array_equal(values, wanted)
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(logits), np.asarray(ids), axis=1), wanted)
 
 
 def test_one_program_for_all_numbers():
     traces = []
 
     @jax.jit
-    def run(method, logits, keys):
+    def run(numbers, logits, uniforms):
         traces.append(1)
-        return draw(method, logits, keys)
+        return draw(numbers, logits, uniforms)
 
-    keys = jax.random.split(jax.random.key(0), 2)
-    for method in METHODS:
-        method = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), method)
-        run(method, jnp.asarray(LOGITS)[None].repeat(2, 0), keys)
+    for method in [*METHODS, Greedy(), Sample(top_k=jnp.float32(3))]:
+        run(tiled(method, 2), jnp.asarray(LOGITS)[None].repeat(2, 0), np.full((2, 2), 0.5, np.float32))
     assert len(traces) == 1
 
 
@@ -128,7 +188,8 @@ def test_one_program_for_all_numbers():
     ("settings", "message"),
     [
         ({"temperature": -0.1}, "temperature=-0.1 of Sample must be at least 0"),
-        ({"top_k": 257}, "top_k=257 of Sample must be at least 0 and at most 256"),
+        ({"top_k": -1}, "top_k=-1 of Sample must be at least 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 of Sample must be above 0"),
         ({"top_k": 2.5}, "top_k=2.5 of Sample must be a whole number"),
         ({"top_p": 0.0}, "top_p=0.0 of Sample must be at most 1 and above 0"),
         ({"min_p": 1.5}, "min_p=1.5 of Sample must be at least 0 and at most 1"),
