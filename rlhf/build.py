@@ -28,15 +28,20 @@ from rlhf.data.examples import Form
 from rlhf.errors import ConfigError, nearest
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.settings import ModelSettings
-from rlhf.model.sharding import place, place_rows
-from rlhf.model.tokenizer import Tokenizer
+from rlhf.model.sharding import place_rows
+from rlhf.model.tokenizer import EMBEDDED, Tokenizer
 from rlhf.rewards.base import Reward
-from rlhf.sampling.completions import sample_rows
 from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
-from rlhf.train.checkpoint import Checkpoints, load_parameters, parameters_digest, read_record
+from rlhf.sampling.sampler import Sampler
+from rlhf.sampling.samples import sample_rows
+from rlhf.sampling.settings import SamplingSettings
+from rlhf.train.adapters import Beginning, begin
+from rlhf.train.checkpoint import Checkpoints
+from rlhf.train.drawn import Drawn
 from rlhf.train.hardware import Hardware
 from rlhf.train.loop import Job
 from rlhf.train.settings import TrainerSettings
+from rlhf.train.sources import Source, locate
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +90,7 @@ class Settings:
     hardware: Hardware
     trainer: TrainerSettings
     evaluation: Evaluation
+    sampling: SamplingSettings
     seed: int
 
     def __post_init__(self):
@@ -112,6 +118,7 @@ def settings(cfg: DictConfig) -> Settings:
         hardware=section(cfg, "hardware", Hardware),
         trainer=section(cfg, "trainer", TrainerSettings),
         evaluation=section(cfg, "evaluation", Evaluation),
+        sampling=section(cfg, "sampling", SamplingSettings),
         seed=cfg.seed,
     )
 
@@ -145,11 +152,12 @@ class Experiment:
     @functools.cached_property
     def model(self) -> Gemma3:
         h = self.settings.hardware
-        return Gemma3(self.settings.model.architecture(), h.compute_dtype, h.remat, h.scan_layers)
+        one_each = h.mesh.tensor == 1
+        return Gemma3(self.settings.model.architecture(), h.compute_dtype, h.remat, h.scan_layers, one_each)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        path = self.settings.model.tokenizer
+        path = self._tokenizer_path()
         tokenizer = self._once("tokenizer", path, lambda: Tokenizer(path))
         if tokenizer.n_vocab > self.settings.model.vocab_size:
             raise ConfigError(
@@ -158,27 +166,59 @@ class Experiment:
             )
         return tokenizer
 
+    def _tokenizer_path(self) -> str | Path | None:
+        """The one that is set, or the checkpoint's, or (None) the embedded one, where a run or nothing came before."""
+        m = self.settings.model
+        if m.tokenizer is not None or self.source is None:
+            return m.tokenizer
+        if self.source.tokenizer is not None:
+            log.info("tokenizer: %s, of the checkpoint", self.source.tokenizer)
+        elif self.source.needs_tokenizer:
+            raise ConfigError(
+                f"model.checkpoint={m.checkpoint} has no tokenizer.model beside it: give one as model.tokenizer=…"
+            )
+        return self.source.tokenizer
+
+    @functools.cached_property
+    def source(self) -> Source | None:
+        """What `model.checkpoint` is; fetched if it is not here."""
+        m = self.settings.model
+        return None if m.checkpoint is None else locate(m.checkpoint, m.download_timeout)
+
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
-        """Components by name; from the checkpoint, or at random where none is given."""
-        m, h = self.settings.model, self.settings.hardware
-        key = (m, h.param_dtype, h.mesh, self.settings.seed if m.checkpoint is None else 0)
-        return self._once("parameters", key, lambda: self.load_or_draw(m.checkpoint, self.settings.seed))
+        """Components by name; from the checkpoint, or at random where none is given. The base is one for all runs of
+        this process that have the same, whatever adapters they train."""
+        m, h, begun = self.settings.model, self.settings.hardware, self.beginning
+        start = (m.checkpoint, m.adapter, begun.adapter is not None, self.settings.seed if m.checkpoint is None else 0)
+        key = (m.architecture(), start, m.base_quantisation, h.param_dtype, h.mesh)
+        load = functools.partial(begun.load_base, m.architecture(), h.param_dtype, self.mesh)
+        base = self._once("parameters", key, load)
+        return {**base, **begun.adapter_components(m.architecture(), self.settings.seed, self.mesh)}
+
+    @functools.cached_property
+    def beginning(self) -> Beginning:
+        """Which parameters, and which adapter on them, the run begins with."""
+        m = self.settings.model
+        source = self.source or Drawn(self.settings.seed)
+        find = functools.partial(locate, timeout_seconds=m.download_timeout)
+        return begin(source, m.trained_lora, m.base_quantisation, m.adapter, m.architecture(), find)
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """What generates: for evaluation, samples and rollouts."""
+        return Sampler(self.model, self.tokenizer, self.settings.sampling, self.settings.seed)
 
     def load_or_draw(self, checkpoint: str | None, seed: int) -> dict[str, Any]:
         """The parameters of a checkpoint, or random ones where none is given."""
-        dtype = self.settings.hardware.param_dtype
-        if checkpoint is None:
-            log.info("parameters: random, seed %d", seed)
-            return place({"model": _draw(self.model, jax.random.key(seed), dtype)}, self.mesh)
-        stored = read_record(Path(checkpoint))["config"]["hardware"]["param_dtype"]
-        tree, record = load_parameters(Path(checkpoint), target={"model": self.model.abstract(stored)})
-        log.info("parameters: %s, step %s", checkpoint, record["step"])
-        return place(jax.tree.map(lambda x: x.astype(dtype), tree), self.mesh)
+        m = self.settings.model
+        source = Drawn(seed) if checkpoint is None else locate(checkpoint, m.download_timeout)
+        return source.load(m.architecture(), self.settings.hardware.param_dtype, self.mesh)
 
     def examples(self, part: Part, form: Form) -> Examples:
-        key = (self.settings.dataset, self.settings.model.tokenizer)
-        return self._once(f"{part} {form}", key, lambda: self.settings.dataset.load(part, form, self.tokenizer))
+        data, vision = self.settings.dataset, self.settings.model.architecture().vision
+        key = (data, self.tokenizer.path, vision)
+        return self._once(f"{part} {form}", key, lambda: data.load(part, form, self.tokenizer, vision))
 
     def _once(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """What was made under this name, if it was from the same key; of each name only the newest is in memory."""
@@ -191,42 +231,60 @@ class Experiment:
     def reference_key(self) -> dict[str, str]:
         """What reference log-probabilities depend on besides the rows, as text."""
         m = self.settings.model
-        random = f"random, seed {self.settings.seed}"
-        start = random if m.checkpoint is None else parameters_digest(Path(m.checkpoint))
-        return {"model": f"{m.architecture()} {self.settings.hardware.compute_dtype}", "parameters": start}
+        return {"model": f"{m.architecture()} {self.settings.hardware.compute_dtype}", **self.beginning.identity()}
 
     def training_job(self) -> Job:
         """Everything a `Trainer` needs, with the data read, the weights loaded and the summary logged."""
         s, resume = self.settings, self._claim_folder()
         batches = Batches(self.examples("train", s.algorithm.form), s.algorithm.batch_size, s.seed)
         held_out, parameters = self.held_out(), self.parameters
-        runtime = self.runtime(parameters, batches, held_out)
+        if self.tokenizer.path != EMBEDDED:
+            records.keep(self.tokenizer.path, self.folder / "tokenizer.model")
+        is_new = self.beginning.adapter is None  # one that changes nothing yet: the reference does without
+        runtime = self.runtime(without_adapter(parameters) if is_new else parameters, batches, held_out)
         is_shared = self.keep or isinstance(runtime.reference, LiveReference)
+        trainable, frozen = self._divided(parameters)
         job = Job(
             folder=self.folder,
             model=self.model,
             algorithm=s.algorithm,
             runtime=runtime,
-            trainable=_copied(parameters) if is_shared else parameters,  # an update consumes it
-            frozen={},
+            trainable=_copied(trainable) if is_shared else trainable,  # an update consumes it
+            frozen=frozen,
             batches=batches,
             held_out=held_out,
             settings=s.trainer,
             seed=s.seed,
-            record={"config": records.resolved(self.cfg), "started_from": self._start()},
+            record=self._record(resume),
             mesh=self.mesh,
             evaluate=self._accuracy_measure(),
             sample=self._sampler(),
             resume=resume,
+            is_noisy="adapter_dropout" in frozen,
         )
         for line in records.summary(job):
             log.info("%s", line)
         return job
 
-    def _start(self) -> str | None:
-        """Where the parameters come from, from whichever folder it is read later."""
-        checkpoint = self.settings.model.checkpoint
-        return None if checkpoint is None else str(Path(checkpoint).resolve())
+    def _divided(self, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The components that are trained, and the others."""
+        m = self.settings.model
+        trained = ({"model"} if m.trained_lora is None else {"adapter"}) | ({"vision"} if m.train_vision else set())
+        return (
+            {name: tree for name, tree in parameters.items() if name in trained},
+            {name: tree for name, tree in parameters.items() if name not in trained},
+        )
+
+    def _record(self, resume: bool) -> dict[str, Any]:
+        """What a checkpoint says of the run: its config and where the parameters come from, from whichever folder and
+        whenever it is read later. One with an adapter alone also has what tells its base from any other."""
+        start = None if self.source is None else self.source.pinned
+        record = {"config": records.resolved(self.cfg), "started_from": start}
+        if self.settings.model.trained_lora is None:
+            return record
+        if resume:
+            self.beginning.require_same_base(self.folder)
+        return {**record, "base": self.beginning.base.digest()}
 
     def _claim_folder(self) -> bool:
         """Whether a run in the folder is to be gone on with.
@@ -263,11 +321,11 @@ class Experiment:
     def runtime(self, start: dict[str, Any], batches: Batches | None, held_out: dict[str, Any] | None) -> Runtime:
         """What `prepare` may use; the reference, where there is one, has the parameters `start`."""
         s = self.settings
-        runtime = Runtime(self.model, self.tokenizer)
+        runtime = Runtime(self.model, self.tokenizer, generate=self.sampler)
         if not s.algorithm.needs_reference:
             return runtime
         place_inputs = functools.partial(place_rows, mesh=self.mesh)
-        live = LiveReference(self.model, without_adapter(start), s.algorithm.microbatch_size, place_inputs)
+        live = LiveReference(self.model, start, s.algorithm.microbatch_size, place_inputs)
 
         if batches is None:
             runtime.reference = live
@@ -296,29 +354,16 @@ class Experiment:
         if prompts is None or any(prompt.answer is None for prompt in prompts):
             return None
         reward = self.settings.reward
-        return lambda params: evaluate_prompts(self.model, params, self.tokenizer, prompts, evaluation, reward)[0]
+        return lambda params: evaluate_prompts(self.sampler, params, prompts, evaluation, reward)[0]
 
     def _sampler(self) -> Callable[[dict, int], list[dict]] | None:
         s = self.settings
         prompts = self.prompts(s.trainer.n_samples) if s.trainer.samples_every else None
         if prompts is None:
             return None
-        return lambda params, step: sample_rows(
-            self.model, params, self.tokenizer, prompts, step, s.seed, s.evaluation.max_new_tokens
-        )
+        return lambda params, step: sample_rows(self.sampler, params, prompts, step, s.evaluation.max_new_tokens)
 
 
 @jax.jit
 def _copied(tree: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(jnp.copy, tree)
-
-
-def _draw(model: Gemma3, key: jax.Array, dtype: str) -> dict[str, Any]:
-    return _drawing()(model, key, dtype)
-
-
-@functools.cache
-def _drawing() -> Callable[[Gemma3, jax.Array, str], dict[str, Any]]:
-    """A program that runs once. On CPU it takes 3 s to optimise fully, 0.6 s hardly, and draws the same numbers."""
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(Gemma3.initialise, static_argnums=(0, 2), compiler_options=options)

@@ -1,7 +1,7 @@
 """What a run says about itself: its stored config, the differences that forbid going on, and the opening summary."""
 
 import json
-import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import ConfigError
+from rlhf.model.quantised import n_parameters
 
 CONFIG_FILE = "config.json"
 
@@ -17,6 +18,7 @@ _FREE = (
     "name", "resume", "task", "pipeline", "evaluation", "hardware.compilation_cache", "hardware.platform",
     "trainer.log_every", "trainer.eval_every", "trainer.eval_rows", "trainer.checkpoint_every", "trainer.max_to_keep",
     "trainer.allow_older_checkpoint", "trainer.samples_every", "trainer.n_samples", "trainer.on_nonfinite",
+    "model.download_timeout",
 )  # fmt: skip
 
 
@@ -30,6 +32,14 @@ def store_config(folder: Path, cfg: DictConfig) -> None:
     partial = folder / f"{CONFIG_FILE}.partial"
     partial.write_text(json.dumps(resolved(cfg), indent=1), encoding="utf-8")
     partial.replace(folder / CONFIG_FILE)
+
+
+def keep(path: Path, copy: Path) -> None:
+    """Copy a file that the run needs again into its folder, unless it is there."""
+    if not copy.is_file() or copy.read_bytes() != path.read_bytes():
+        partial = copy.with_name(f"{copy.name}.partial")
+        shutil.copyfile(path, partial)
+        partial.replace(copy)
 
 
 def stored_config(folder: Path) -> dict[str, Any] | None:
@@ -75,13 +85,14 @@ def batch_arithmetic(algorithm: Any, n_rows: int, n_steps: int) -> str:
     )
 
 
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share > 0.1 else f"{share:.2%}"
+
+
 def summary(job: Any) -> list[str]:
     """The opening lines of a run: batch arithmetic, sizes, devices."""
 
-    def count(tree: Any) -> int:
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-    trained, fixed = count(job.trainable), count(job.frozen)
+    trained, fixed = n_parameters(job.trainable), n_parameters(job.frozen)
     share = trained / (trained + fixed)
     devices = jax.devices()
     used = 1 if job.mesh is None else job.mesh.size
@@ -89,7 +100,7 @@ def summary(job: Any) -> list[str]:
     n_steps = job.settings.n_steps(job.batches.n_rows, job.algorithm.batch_size)
     return [
         batch_arithmetic(job.algorithm, job.batches.n_rows, n_steps),
-        f"model: {trained + fixed:,} parameters, {trained:,} trained ({share:.0%}); in {job.model.compute_dtype}",
+        f"model: {trained + fixed:,} parameters, {trained:,} trained ({_percent(share)}); in {job.model.compute_dtype}",
         f"devices: {used} of {len(devices)} × {devices[0].device_kind} ({devices[0].platform}){shape}",
         f"folder: {job.folder}",
     ]

@@ -20,7 +20,7 @@ ALLOWED = {
     "rewards": {"model", "ops"},
     "algorithms": {"sampling", "data", "rewards", "model", "ops"},
     "train": {"ops", "model", "sampling", "data", "rewards"},
-    "records": set(),
+    "records": {"model"},
     "build": {"algorithms", "train", "sampling", "data", "rewards", "model", "ops", "records"},
     "tasks": {"build", "pipeline", "train", "sampling", "data", "rewards", "model", "records"},
     "messages": {"run"},

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf import build
 from rlhf.data.arithmetic import Arithmetic
-from rlhf.train import guard
+from rlhf.train import guard, sources
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -47,21 +47,21 @@ def table(folder) -> list[dict]:
 def counted(monkeypatch):
     """What was loaded and compiled before and in each run: {"loads": [...], "compiled": [...]}."""
     counts = {"loads": [], "compiled": []}
-    load_parameters, load, run = build.load_parameters, Arithmetic.load, build.Experiment.training_job
+    load_parameters, load, run = sources.load_parameters, Arithmetic.load, build.Experiment.training_job
 
     def counting_parameters(*arguments, **settings):
         counts["loads"].append("parameters")
         return load_parameters(*arguments, **settings)
 
-    def counting_rows(self, part, form, tokenizer):
+    def counting_rows(self, part, form, *others):
         counts["loads"].append(f"{part} {form}")
-        return load(self, part, form, tokenizer)
+        return load(self, part, form, *others)
 
     def marked(self):
         counts["compiled"].append(guard.compilations())
         return run(self)
 
-    monkeypatch.setattr(build, "load_parameters", counting_parameters)
+    monkeypatch.setattr(sources, "load_parameters", counting_parameters)
     monkeypatch.setattr(Arithmetic, "load", counting_rows)
     monkeypatch.setattr(build.Experiment, "training_job", marked)
     return counts

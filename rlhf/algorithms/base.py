@@ -30,6 +30,9 @@ Form = Literal["conversation", "preference", "unpaired", "prompt"]
 class Runtime:
     """What `prepare` may use; built once per run.
 
+    generate: a `rlhf.sampling.sampler.Sampler`: `generate(params, prompts, n=…, method=…, max_new_tokens=…, step=…)`
+        gives `n` answers to each prompt with their log-probabilities; the noise depends on the seed, the step, the
+        prompt's row, the number of the answer and the position.
     memory: arrays an algorithm keeps between steps (a running mean, an adaptive coefficient, a moving reference). Empty
         at the start; part of every checkpoint.
     """

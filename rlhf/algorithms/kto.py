@@ -67,6 +67,7 @@ class KTO(Algorithm):
     def prepare(self, runtime, params, batch, key):
         """Adds the reference's log-probabilities, the KL estimate, and each row's share in the means over its kind."""
         mismatched = {name.removeprefix("kl_"): batch[name] for name in batch if name.startswith("kl_")}
+        mismatched |= {"images": batch["images"]} if "images" in batch else {}  # the prompts are the rows' own
         batch = {name: batch[name] for name in batch if not name.startswith("kl_")}
         is_desirable = batch["is_desirable"]
         n_rows = is_desirable.shape[0]

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 from rlhf.algorithms.base import Batch, Params, Runtime
 from rlhf.algorithms.reference_cache import CachedReference, cache_file, precompute
 from rlhf.config import Number, config, require_range
+from rlhf.model.lora import COMPONENTS
 
 # what a text model reads of a batch, where it is there
 MODEL_INPUTS = (
-    *("tokens", "segments", "positions"),
-    *(f"joint_{name}" for name in ("tokens", "segments", "positions", "prefixes", "previous", "places")),
+    *("tokens", "segments", "positions", "soft_tokens", "images"),
+    *(f"joint_{name}" for name in ("tokens", "segments", "positions", "prefixes", "previous", "places", "soft_tokens")),
 )
 
 
@@ -35,7 +36,7 @@ class LiveReference:
     """A model with weights; no gradient flows into it.
 
     model: hashable; `token_logprobs(params, batch)`.
-    params: the weights. Under LoRA without the adapter (`without_adapter`): no second copy of the base exists.
+    params: the weights. Under LoRA the policy's base, the very arrays: no second copy of it exists.
     rows: rows scored at once, so that memory does not grow with the batch (the algorithm's microbatch_size).
     place: puts the inputs of such a slice onto the devices; by default they go where JAX puts them.
     """
@@ -59,8 +60,8 @@ class LiveReference:
 
 
 def without_adapter(params: Params) -> Params:
-    """The base weights: all components but the adapter `lora`."""
-    return {name: tree for name, tree in params.items() if name != "lora"}
+    """The base: all components but those of an adapter."""
+    return {name: tree for name, tree in params.items() if name not in COMPONENTS}
 
 
 class Reference:
@@ -91,7 +92,8 @@ class Reference:
 
 @config
 class Frozen(Reference):
-    """The weights that training started from; under LoRA, the base with the adapter off."""
+    """The weights that training started from; under LoRA, the base with the adapter off, or with the one that training
+    goes on with as it was then."""
 
 
 @config
@@ -130,7 +132,7 @@ class Synced(Reference):
         require_range(self, "mixup", above=0, at_most=1)
 
     def scorer(self, runtime, params):
-        names = ("lora",) if "lora" in params else tuple(params)
+        names = ("adapter",) if "adapter" in params else tuple(params)
         memory = runtime.memory  # keys are set anew, never changed in place: a shallow copy of it is a snapshot
         n_batches = int(memory.get("reference_batches", 0))
         if n_batches == 0:

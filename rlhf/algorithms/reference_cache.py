@@ -37,12 +37,15 @@ def cache_file(folder: Path, key: Mapping[str, str]) -> Path:
 
 
 def _sequences(batch: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray, int]]:
-    """(index, where it has tokens, digest of its tokens) of each sequence of [..., time] arrays."""
+    """(index, where it has tokens, digest of its tokens and images) of each sequence of [..., time] arrays."""
     tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segments"])
     for index in np.ndindex(tokens.shape[:-1]):
         is_token = segments[index] > 0
         content = np.stack([tokens[index][is_token], segments[index][is_token]]).astype("<i4")
-        yield index, is_token, int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=8).digest(), "little")
+        digest = hashlib.blake2b(content.tobytes(), digest_size=8)
+        if "images" in batch and (soft := np.asarray(batch["soft_tokens"])[index]).any():
+            digest.update(soft[is_token].astype("<i4").tobytes() + np.asarray(batch["images"])[index[0]].tobytes())
+        yield index, is_token, int.from_bytes(digest.digest(), "little")
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -13,10 +13,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf.config import Number
-from rlhf.model.layers import attend, attention_mask, gated_mlp, project, rms_norm, rope_tables, rotate
+from rlhf.model.layers import (
+    attend,
+    attention_mask,
+    gated_mlp,
+    project,
+    project_attention,
+    rms_norm,
+    rope_tables,
+    rotate,
+)
+from rlhf.model.lora import KEPT_PRODUCTS, adapt, compute_layer, split_layers, stacked_layers
+from rlhf.model.random_arrays import normal
+from rlhf.model.vision import Vision, image_ids, soft_features
 from rlhf.ops.logprobs import TokenStatistics, target_logprobs, target_statistics
 
 Tree = dict[str, Any]
@@ -44,6 +57,13 @@ class Architecture:
     rope_base_global: float = 1_000_000.0
     rope_scale: float = 1.0
     eps: float = 1e-6
+    vision: Vision | None = None
+
+    @property
+    def tower(self) -> Vision:
+        """`vision` of an architecture that has it."""
+        assert self.vision is not None, "images for a model that reads text only"
+        return self.vision
 
     def is_global(self) -> tuple[bool, ...]:
         """For each layer whether it sees the whole sequence."""
@@ -82,6 +102,14 @@ _unstack.defvjp(
 )
 
 
+def _layers(stacked: Tree) -> list[Tree]:
+    """One tree for each layer; beside an adapter, the base needs no gradient, and codes of it have none."""
+    if "adapter" not in stacked:
+        return _unstack(stacked)
+    base = split_layers({name: x for name, x in stacked.items() if name != "adapter"})
+    return [{**layer, "adapter": part} for layer, part in zip(base, _unstack(stacked["adapter"]), strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Gemma3:
     """The model: an architecture and how to run it. Hashable, so that it is a static argument of compiled functions.
@@ -91,34 +119,27 @@ class Gemma3:
     remat: what a block keeps for its backward pass, which computes the rest again: `none` the results of its matrix
         products, `block` only its input.
     scan_layers: one compiled block for all layers (fast to compile), or one for each.
+    joint_attention: queries, keys and values are one matrix product; false where heads are split over devices.
     """
 
     architecture: Architecture
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
+    joint_attention: bool = True
 
-    def initialise(self, key: Array, dtype: str = "float32") -> Tree:
-        """Random parameters: matrices N(0, 1 / fan-in), embedding N(0, 1 / width), norm weights 0."""
-        fan_in = {
-            "query": self.architecture.width,
-            "key_value": self.architecture.width,
-            "gate_up": self.architecture.width,
-        }
-        fan_in |= {"out": self.architecture.heads * self.architecture.head_width, "down": self.architecture.ff_width}
-        leaves, structure = jax.tree_util.tree_flatten_with_path(
-            self.architecture.shapes(), is_leaf=lambda x: isinstance(x, tuple)
-        )
-        keys = jax.random.split(key, len(leaves))
+    def initialise(self, seed: int, dtype: str = "float32") -> Tree:
+        """Random parameters, on the host: matrices N(0, 1 / fan-in), embedding N(0, 1 / width), norm weights 0."""
+        a = self.architecture
+        fan_in = {"out": a.heads * a.head_width, "down": a.ff_width}  # the others read the residual stream
 
-        def draw(path, shape, leaf_key):
+        def draw(path, leaf):
             name = path[-1].key
             if name.endswith("norm"):
-                return jnp.zeros(shape, dtype)
-            deviation = fan_in.get(name, self.architecture.width) ** -0.5
-            return (jax.random.normal(leaf_key, shape) * deviation).astype(dtype)
+                return np.zeros(leaf.shape, leaf.dtype)
+            return normal(seed, name, leaf.shape, fan_in.get(name, a.width) ** -0.5, dtype)
 
-        return jax.tree.unflatten(structure, [draw(p, s, k) for (p, s), k in zip(leaves, keys, strict=True)])
+        return jax.tree_util.tree_map_with_path(draw, self.abstract(dtype))
 
     def abstract(self, dtype: str = "float32") -> Tree:
         """Shapes and types of the parameters, without memory."""
@@ -129,28 +150,60 @@ class Gemma3:
         )
 
     def n_parameters(self) -> int:
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract()))
+        """Of all components."""
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_components()))
 
-    def embed(self, params: Tree, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
-        """Token vectors, multiplied by sqrt(width)."""
+    def abstract_components(self, dtype: str = "float32") -> Tree:
+        """`abstract` of every component by name: `model`, and `vision` where the architecture has it."""
+        vision = self.architecture.vision
+        tower = {} if vision is None else {"vision": vision.abstract(self.architecture.width, dtype)}
+        return {"model": self.abstract(dtype), **tower}
+
+    def initialise_components(self, seed: int, dtype: str = "float32") -> Tree:
+        """`initialise` of every component by name."""
+        vision, width = self.architecture.vision, self.architecture.width
+        tower = {} if vision is None else {"vision": vision.initialise(width, seed, dtype)}
+        return {"model": self.initialise(seed, dtype), **tower}
+
+    def embed(
+        self,
+        params: Tree,
+        tokens: Int[Array, "batch time"],
+        soft_tokens: Int[Array, "batch time"] | None = None,
+        images: Array | None = None,
+    ) -> Float[Array, "batch time width"]:
+        """Token vectors, multiplied by sqrt(width); where `soft_tokens` is not 0, those of images, which are not.
+
+        images: [rows, slots, size, size, 3] (`rlhf.model.vision.soft_features`); each row of them serves batch / rows
+            neighbours, such as both answers to one prompt, and runs through the tower once.
+        soft_tokens: 1 + slot · tokens_per_image + j for the j-th soft token of a slot, 0 for text.
+        """
         vectors = params["model"]["embedding"][tokens].astype(self.compute_dtype)
-        return vectors * jnp.asarray(self.architecture.width**0.5, self.compute_dtype)
+        vectors *= jnp.asarray(self.architecture.width**0.5, self.compute_dtype)
+        if soft_tokens is None or images is None:
+            return vectors
+        features = soft_features(params["vision"], images, self.architecture.tower, self.compute_dtype)
+        features = jnp.repeat(features, tokens.shape[0] // features.shape[0], axis=0)
+        there = jnp.take_along_axis(features, jnp.maximum(soft_tokens - 1, 0)[:, :, None], axis=1)
+        return jnp.where((soft_tokens > 0)[:, :, None], there, vectors)
 
     def block(
         self, layer: Tree, x: Float[Array, "batch time width"], rope: tuple[Array, Array], mix: Callable
     ) -> tuple[Float[Array, "batch time width"], Any]:
         """One layer. `mix(queries, keys, values) -> (mixed, kept)` is the attention, with or without a cache."""
         a = self.architecture
-        layer = jax.tree.map(lambda w: w.astype(self.compute_dtype), layer)
+        layer = compute_layer(layer, self.compute_dtype)
+        add = adapt(layer)
         normed = rms_norm(x, layer["attention_norm"], a.eps)
-        queries = project(normed, layer["query"])
-        keys, values = (project(normed, layer["key_value"][:, i]) for i in (0, 1))
+        queries, keys, values = project_attention(normed, layer["query"], layer["key_value"], self.joint_attention)
+        queries, keys, values = add(normed, q=queries, k=keys, v=values)
         queries = rotate(rms_norm(queries, layer["query_norm"], a.eps), *rope) * a.query_scale
         keys = rotate(rms_norm(keys, layer["key_norm"], a.eps), *rope)
         mixed, kept = mix(queries, keys, values)
-        attended = project(mixed.reshape(*x.shape[:2], -1), layer["out"].reshape(-1, a.width))
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        attended = add(mixed, o=project(mixed, layer["out"].reshape(-1, a.width)))
         x = x + rms_norm(attended, layer["post_attention_norm"], a.eps)
-        fed = gated_mlp(rms_norm(x, layer["mlp_norm"], a.eps), layer["gate_up"], layer["down"])
+        fed = gated_mlp(rms_norm(x, layer["mlp_norm"], a.eps), layer["gate_up"], layer["down"], add)
         return x + rms_norm(fed, layer["post_mlp_norm"], a.eps), kept
 
     def rope(self, positions: Int[Array, "batch time"]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -166,25 +219,31 @@ class Gemma3:
         segments: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
         prefixes: Int[Array, "batch time"] | None = None,
+        soft_tokens: Int[Array, "batch time"] | None = None,
+        images: Array | None = None,
     ) -> Float[Array, "batch time width"]:
-        """Hidden states after the final norm. Segment 0 is padding; tokens see their own segment and its prefix."""
+        """Hidden states after the final norm. Segment 0 is padding; tokens see their own segment and its prefix.
+
+        soft_tokens, images: as for `embed`.
+        """
         a = self.architecture
         local_rope, global_rope = self.rope(positions)
-        local_mask = attention_mask(positions, segments, positions, segments, a.window, prefixes)
-        global_mask = attention_mask(positions, segments, positions, segments, None, prefixes)
+        seen = None if soft_tokens is None else image_ids(soft_tokens, a.tower.tokens_per_image)
+        local_mask = attention_mask(positions, segments, positions, segments, a.window, prefixes, seen, seen)
+        global_mask = attention_mask(positions, segments, positions, segments, None, prefixes, seen, seen)
 
         def run(x, layer, is_global):
             rope, mask = _choose(is_global, (global_rope, global_mask), (local_rope, local_mask))
             return self.block(layer, x, rope, lambda q, k, v: (attend(q, k, v, mask), None))[0]
 
-        keep = jax.checkpoint_policies.checkpoint_dots if self.remat == "none" else None
+        keep = KEPT_PRODUCTS if self.remat == "none" else None
         run = jax.checkpoint(run, policy=keep, static_argnums=() if self.scan_layers else (2,))
-        x = self.embed(params, tokens)
-        stacked = params["model"]["layers"]
+        x = self.embed(params, tokens, soft_tokens, images)
+        stacked = stacked_layers(params, x.shape[0])
         if self.scan_layers:
             x, _ = jax.lax.scan(lambda x, layer: (run(x, *layer), None), x, (stacked, jnp.asarray(a.is_global())))
         else:
-            for layer, is_global in zip(_unstack(stacked), a.is_global(), strict=True):
+            for layer, is_global in zip(_layers(stacked), a.is_global(), strict=True):
                 x = run(x, layer, is_global)
         return rms_norm(x, params["model"]["final_norm"], a.eps)
 
@@ -195,7 +254,8 @@ class Gemma3:
         tokens, segments, positions = (batch[k] for k in ("tokens", "segments", "positions"))
         shape = tokens.shape
         tokens, segments, positions = (jnp.asarray(x).reshape(-1, shape[-1]) for x in (tokens, segments, positions))
-        hidden = self.hidden(params, tokens, segments, positions)[:, :-1]
+        soft_tokens, images = _pictures(batch, "soft_tokens")
+        hidden = self.hidden(params, tokens, segments, positions, None, soft_tokens, images)[:, :-1]
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         scores = score(hidden.reshape(-1, hidden.shape[-1]), embedding, tokens[:, 1:].reshape(-1), temperature)
         follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -211,7 +271,8 @@ class Gemma3:
         parts = (jnp.asarray(batch[f"joint_{name}"]) for name in ("tokens", "segments", "positions", "prefixes"))
         tokens, segments, positions, prefixes = parts
         previous, places = jnp.asarray(batch["joint_previous"]), jnp.asarray(batch["joint_places"])
-        hidden = self.hidden(params, tokens, segments, positions, prefixes)
+        soft_tokens, images = _pictures(batch, "joint_soft_tokens")
+        hidden = self.hidden(params, tokens, segments, positions, prefixes, soft_tokens, images)
         before = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[:, :, None], axis=1)
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         scores = score(before.reshape(-1, hidden.shape[-1]), embedding, tokens.reshape(-1), temperature)
@@ -228,6 +289,7 @@ class Gemma3:
 
         batch: `tokens`, `segments`, `positions`, each [..., time]; with `joint_…` (see `rlhf.data.joint`) the same is
             computed from rows that hold a shared beginning once. 0 for the first token of a segment and for padding.
+            With images also `images` [rows, slots, size, size, 3] and `soft_tokens` [..., time], as for `embed`.
         """
         return self._scored(params, batch, temperature, target_logprobs)
 
@@ -241,14 +303,24 @@ class Gemma3:
         tokens: Int[Array, "batch time"],
         segments: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
+        soft_tokens: Int[Array, "batch time"] | None = None,
+        images: Array | None = None,
     ) -> Float[Array, "batch time vocab"]:
         """Logits of every position, in float32: for looking and for tests; training never makes them all."""
-        hidden = self.hidden(params, tokens, segments, positions)
+        hidden = self.hidden(params, tokens, segments, positions, None, soft_tokens, images)
         return self.unembed(params, hidden)
 
     def unembed(self, params: Tree, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+
+def _pictures(batch: Tree, name: str) -> tuple[Array | None, Array | None]:
+    """Soft tokens as rows [rows, time], and the images that they are of; nothing of a batch without images."""
+    if "images" not in batch:
+        return None, None
+    soft_tokens = jnp.asarray(batch[name])
+    return soft_tokens.reshape(-1, soft_tokens.shape[-1]), jnp.asarray(batch["images"])
 
 
 def _choose(condition: bool | Array, yes: Any, no: Any) -> Any:

@@ -1,10 +1,14 @@
 """The parts of a Gemma 3 block, as functions of arrays. Nothing here knows about stacks, caches or configs."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from rlhf.model.narrow import Narrow
 
 _MASKED = -2.3819763e38  # finite, so that a row without any visible key (padding) gives numbers and not NaN
 
@@ -45,17 +49,23 @@ def attention_mask(
     key_segments: Int[Array, "batch keys"],
     window: int | None = None,
     prefixes: Int[Array, "batch queries"] | None = None,
+    query_images: Int[Array, "batch queries"] | None = None,
+    key_images: Int[Array, "batch keys"] | None = None,
 ) -> Bool[Array, "batch queries keys"]:
     """Who sees whom: keys of the same segment, not later, and with a window only the query and window - 1 before it.
 
     Segment 0 is padding: it sees nothing and is not seen. prefixes: a second segment that a query sees, whose
-    continuation its own is (0: none).
+    continuation its own is (0: none). query_images, key_images: the image that a token is part of (0: text); tokens of
+    one image see each other, later ones too, but with a window none farther back than text does.
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     same = query_segments[:, :, None] == key_segments[:, None, :]
     if prefixes is not None:
         same |= prefixes[:, :, None] == key_segments[:, None, :]
-    visible = same & (key_segments[:, None, :] > 0) & (distance >= 0)
+    is_due = distance >= 0
+    if query_images is not None and key_images is not None:
+        is_due |= (query_images[:, :, None] == key_images[:, None, :]) & (key_images > 0)[:, None, :]
+    visible = same & (key_segments[:, None, :] > 0) & is_due
     return visible if window is None else visible & (distance < window)
 
 
@@ -68,29 +78,110 @@ def attend(
     """Grouped-query attention with a float32 softmax; the queries are already scaled."""
     batch, n_queries, heads, head_width = queries.shape
     kv_heads = keys.shape[2]
-    grouped = queries.reshape(batch, n_queries, kv_heads, heads // kv_heads, head_width)
-    scores = jnp.einsum("bqkgh,btkh->bkqgt", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(is_visible[:, None, :, None, :], scores, _MASKED)
-    shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkqgt,btkh->bqkgh", shares, values)
+    group = heads // kv_heads
+    # queries and group as one axis: every product, forward and backward, is one of plain matrices
+    grouped = queries.reshape(batch, n_queries, kv_heads, group, head_width).swapaxes(1, 2)
+    grouped = grouped.reshape(batch, kv_heads, n_queries * group, head_width)
+    is_visible = jnp.repeat(is_visible, group, axis=1)[:, None]
+    mixed = _mix(grouped, keys.swapaxes(1, 2), values.swapaxes(1, 2), is_visible)
+    mixed = mixed.reshape(batch, kv_heads, n_queries, group, head_width).swapaxes(1, 2)
     return mixed.reshape(batch, n_queries, heads, head_width)
 
 
-def project(x: Float[Array, "batch time width"], weight: Float[Array, "width *out"]) -> Float[Array, "batch time *out"]:
+def _scores(queries: Array, keys: Array, is_visible: Array) -> Float[Array, "batch kv_heads queries keys"]:
+    scores = jnp.einsum("bkqh,bkth->bkqt", queries, keys, preferred_element_type=jnp.float32)
+    return jnp.where(is_visible, scores, _MASKED)
+
+
+@jax.custom_vjp
+def _mix(
+    queries: Float[Array, "batch kv_heads queries head_width"],
+    keys: Float[Array, "batch kv_heads keys head_width"],
+    values: Float[Array, "batch kv_heads keys head_width"],
+    is_visible: Bool[Array, "batch one queries keys"],
+) -> Float[Array, "batch kv_heads queries head_width"]:
+    return _mix_forward(queries, keys, values, is_visible)[0]
+
+
+def _mix_forward(queries: Array, keys: Array, values: Array, is_visible: Array) -> tuple[Array, tuple]:
+    scores = _scores(queries, keys, is_visible)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    powers = jnp.exp(scores - highest)
+    total = jnp.sum(powers, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bkqt,bkth->bkqh", (powers / total).astype(values.dtype), values)
+    mixed, log_total = (checkpoint_name(x, "mixed") for x in (mixed, highest + jnp.log(total)))
+    return mixed, (queries, keys, values, is_visible, mixed, log_total)
+
+
+def _mix_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
+    """The shares are computed again from the logarithm of their sum, so that queries × keys is not kept.
+
+    The sum over a row of shares · gradient, which the softmax's gradient needs, is that of result · gradient
+    (Dao et al., 2022, FlashAttention, appendix B.2).
+    """
+    queries, keys, values, is_visible, mixed, log_total = saved
+    shares = jnp.exp(_scores(queries, keys, is_visible) - log_total)
+    d_values = jnp.einsum("bkqt,bkqh->bkth", shares.astype(values.dtype), gradient)
+    d_shares = jnp.einsum("bkqh,bkth->bkqt", gradient, values, preferred_element_type=jnp.float32)
+    products = gradient.astype(jnp.float32) * mixed
+    # reduce_precision to float32 changes nothing, but XLA on CPU doesn't fuse it: fused, the sum takes 4 times as long
+    total = jnp.sum(jax.lax.reduce_precision(products, 8, 23), axis=-1, keepdims=True)
+    d_scores = (shares * (d_shares - jax.lax.reduce_precision(total, 8, 23))).astype(values.dtype)
+    d_queries = jnp.einsum("bkqt,bkth->bkqh", d_scores, keys)
+    d_keys = jnp.einsum("bkqt,bkqh->bkth", d_scores, queries)
+    return d_queries, d_keys, d_values, None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def project(
+    x: Float[Array, "batch time width"], weight: Float[Array, "width *out"] | Narrow
+) -> Float[Array, "batch time *out"]:
     """x · weight over the width, as a product of two matrices.
 
     With batch and time as two axes, XLA on CPU transposes a copy of the whole gradient before it multiplies by it.
     """
+    if isinstance(weight, Narrow):
+        return weight.product(x)
     batch, time, width = x.shape
     product = x.reshape(batch * time, width) @ weight.reshape(width, -1)
     return product.reshape(batch, time, *weight.shape[1:])
 
 
+def project_attention(
+    x: Float[Array, "batch time width"],
+    query: Float[Array, "width heads head_width"] | Narrow,
+    key_value: Float[Array, "width two kv_heads head_width"] | Narrow,
+    is_joint: bool,
+) -> tuple[Array, Array, Array]:
+    """Queries [batch, time, heads, head_width], keys and values [batch, time, kv_heads, head_width].
+
+    is_joint: as one product. Side by side, the matrices are small against their input, whose gradient is then one
+        product instead of three and two sums; not where heads are split over devices, each with its own of both.
+    """
+    if not is_joint or isinstance(query, Narrow) or isinstance(key_value, Narrow):
+        both = project(x, key_value)
+        return project(x, query), both[:, :, 0], both[:, :, 1]
+    width, heads, head_width = query.shape
+    kv_heads = key_value.shape[2]
+    matrix = jnp.concatenate([query.reshape(width, -1), key_value.reshape(width, -1)], axis=1)
+    product = project(x, matrix).reshape(*x.shape[:2], heads + 2 * kv_heads, head_width)
+    return product[:, :, :heads], product[:, :, heads : heads + kv_heads], product[:, :, heads + kv_heads :]
+
+
 def gated_mlp(
-    x: Float[Array, "batch time width"], gate_up: Float[Array, "width two ff"], down: Float[Array, "ff width"]
+    x: Float[Array, "batch time width"],
+    gate_up: Float[Array, "width two ff"] | Narrow,
+    down: Float[Array, "ff width"] | Narrow,
+    add: Callable[..., Array] = lambda x, **outputs: next(iter(outputs.values())),
 ) -> Float[Array, "batch time width"]:
-    """GeGLU with the tanh approximation; gate and up are one matrix product."""
-    return project(_geglu(project(x, gate_up)), down)
+    """GeGLU with the tanh approximation; gate and up are one matrix product.
+
+    add: adds low-rank terms to the outputs of projections (`rlhf.model.lora.adapt`).
+    """
+    inner = _geglu(add(x, gate_up=project(x, gate_up)))
+    return add(inner, down=project(inner, down))
 
 
 @jax.custom_vjp

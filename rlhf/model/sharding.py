@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf.errors import ConfigError
+from rlhf.model.lora import PROJECTIONS
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,29 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "out": (None, "tensor", None, "fsdp"),
     "gate_up": (None, "fsdp", None, "tensor"),
     "down": (None, "tensor", "fsdp"),
+    # of the vision tower
+    "patch_kernel": (None, None, None, "fsdp"),
+    "position": (None, "fsdp"),
+    "query_key_value": (None, "fsdp", None, "tensor", None),
+    "up": (None, "fsdp", "tensor"),
+    "project": ("fsdp", None),
 }
+
+_ROW_SPLIT = ("o", "down")  # projections whose inputs are heads or feed-forward columns
+# matrices of adapters: what is split of the projection is split of A (its inputs) and of B (its outputs)
+RULES |= {
+    f"{name}.{which}": (None, axis, None) if which == "a" else (None, None, axis)
+    for name in PROJECTIONS
+    for which, axis in zip("ab", ("tensor", "fsdp") if name in _ROW_SPLIT else ("fsdp", "tensor"), strict=True)
+}
+
+
+def rule_name(path: tuple) -> str:
+    """What a leaf's rule is listed under: its name; that of the codes, for codes and scales; projection and matrix."""
+    names = [jax.tree_util.keystr((part,), simple=True) for part in path[-2:]]
+    if len(names) == 2 and names[1] in ("qvalue", "scale"):
+        return names[0]
+    return ".".join(names) if len(names) == 2 and names[1] in ("a", "b") else "".join(names[-1:])
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh | None:
@@ -49,8 +72,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh | None:
 
 def spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The rule for one array. Arrays without one, and optimizer state of another shape, are on every device whole."""
-    name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
-    rule = RULES.get(name)
+    rule = RULES.get(rule_name(path))
     if rule is None or len(rule) != len(shape):
         return PartitionSpec()
     fits = [axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(rule, shape, strict=True)]
@@ -80,7 +102,7 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        rule = RULES.get(jax.tree_util.keystr(path[-1:], simple=True), ())
+        rule = RULES.get(rule_name(path), ())
         missed = [
             a for a, b in zip(rule, spec(path, x.shape, mesh), strict=False) if a != b and mesh.shape[a or ""] > 1
         ]

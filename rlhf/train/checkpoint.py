@@ -173,6 +173,25 @@ def load_parameters(path: Path, key: str = "params", target: Tree = None) -> tup
     return tree[key], content.full_record
 
 
+def components(path: Path, key: str = "params") -> list[str]:
+    """Names of the parts under `key` in a run's newest checkpoint, or in one checkpoint folder."""
+    entries = manifest.read(_newest(Path(path))).entries.values()
+    return sorted({str(entry.path[1]) for entry in entries if entry.path[:1] == (key,) and len(entry.path) > 1})
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run with a checkpoint, or one of its checkpoints."""
+    if _STEP.fullmatch(path.name) and path.is_dir() and not (path / "_METADATA").exists():  # another library's
+        return True
+    return any(_steps(folder) for folder in (path, path / "checkpoints"))
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of the run that a checkpoint folder is in; of a run's folder, itself."""
+    path = path.parent if _STEP.fullmatch(path.name) else path
+    return path.parent if path.name == "checkpoints" else path
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a run's newest checkpoint, or of one checkpoint folder, without reading its arrays."""
     return manifest.read(_newest(Path(path))).full_record

@@ -6,6 +6,7 @@ Counts are taken from JAX's own events, from the import of this module on.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import threading
 from collections import Counter
@@ -117,12 +118,14 @@ def forbid_compilations(what: str) -> Iterator[None]:
 class TraceCounter:
     """Counts how often JAX traces a function, and logs why: which argument differs from the trace before.
 
-    Wrap the function before it is jitted: `jax.jit(TraceCounter(step))`. Calls that run without tracing don't count.
+    Wrap the function before it is jitted: `jax.jit(TraceCounter(step, "the step"))`. Calls that run without tracing
+    don't count. what: its name in the log.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, what: str):
         functools.update_wrapper(self, function)
-        self.function = function
+        self.function, self.what = function, what
+        self.parameters = list(inspect.signature(function).parameters)
         self.n_traces = 0
         self._before: dict[str, str] = {}
 
@@ -132,17 +135,17 @@ class TraceCounter:
             self._note({self._name(path): _describe(leaf) for path, leaf in leaves})
         return self.function(*args, **kwargs)
 
-    @staticmethod
-    def _name(path: tuple) -> str:
-        """The path without the step into (args, kwargs): "[0].beta", "['batch']['tokens']"."""
-        return jax.tree_util.keystr(path[1:])
+    def _name(self, path: tuple) -> str:
+        """The path inside (args, kwargs), with parameters by name: "hp.beta", "batch['tokens']"."""
+        _, place, *rest = path
+        is_positional = isinstance(place, jax.tree_util.SequenceKey)
+        name = self.parameters[place.idx] if is_positional else jax.tree_util.keystr((place,), simple=True)
+        return name + jax.tree_util.keystr(tuple(rest))
 
     def _note(self, arguments: dict[str, str]) -> None:
         self.n_traces += 1
         before, self._before = self._before, arguments
-        name = getattr(self.function, "__name__", repr(self.function))
         if self.n_traces == 1:
-            log.debug("tracing %s", name)
             return
         changed = [
             f"{key}: {before.get(key, 'absent')} → {arguments.get(key, 'absent')}"
@@ -150,7 +153,8 @@ class TraceCounter:
             if before.get(key) != arguments.get(key)
         ]
         reason = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
-        log.info("tracing %s again (%d times now): %s", name, self.n_traces, reason or "a static argument or placement")
+        reason = reason or "another model, or arrays placed elsewhere"
+        log.info("compiling %s once more (%d times in this process): %s", self.what, self.n_traces, reason)
 
 
 def _describe(leaf: Any) -> str:

@@ -1,5 +1,6 @@
 """Devices, number types, and what to trade memory for. Read before JAX starts its backend."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import jax
 from rlhf.config import config, require_range
 from rlhf.errors import ConfigError
 from rlhf.model.sharding import make_mesh
+from rlhf.train.processor import prepare_processor
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # the last is refused with the reason
 
@@ -63,6 +65,8 @@ class Hardware:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        if _runs_on_cpu(self.platform):
+            prepare_processor()
         if self.platform is not None:
             self._require_platform(self.platform)
         return make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.tensor)
@@ -76,3 +80,11 @@ class Hardware:
                 f"hardware.platform={platform}, but JAX runs on {found} here; install the extra for it "
                 f"(pip install 'rlhf[{'cuda' if platform == 'gpu' else platform}]') or choose hardware=cpu"
             )
+
+
+def _runs_on_cpu(platform: str | None) -> bool:
+    """Whether JAX will, as far as can be told without starting it."""
+    asked = platform or os.environ.get("JAX_PLATFORMS")
+    if asked:
+        return asked == "cpu"
+    return not any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu"))

@@ -52,7 +52,8 @@ def loss_and_gradient(trainable: Tree, frozen: Tree, batch: Tree, algorithm: Any
     """(metrics with `loss`, gradient), each the mean over the rows of the whole batch."""
 
     def loss(params, rows):
-        return algorithm.loss(model, {**frozen, **params}, rows)
+        noise = {"noise": rows["noise"]} if "noise" in rows else {}
+        return algorithm.loss(model, {**frozen, **noise, **params}, rows)
 
     grad = jax.value_and_grad(loss, has_aux=True)
     rows, scalars = _microbatches(batch, algorithm.microbatch_size)
@@ -97,8 +98,8 @@ def eager_update(
     return after, metrics
 
 
-# the counter says in the log why it is compiled again
-update = jax.jit(TraceCounter(eager_update), static_argnames=("model",), donate_argnames=("state",))
+_counted = TraceCounter(eager_update, "the training step")  # says in the log why it is compiled again
+update = jax.jit(_counted, static_argnames=("model",), donate_argnames=("state",))
 
 
 def eager_measure(params: Tree, batch: Tree, algorithm: Any, *, model: Any) -> Tree:

@@ -56,7 +56,7 @@ def test_slices_of_one_shape_compile_once():
 
 
 def test_the_reference_under_an_adapter_is_the_base():
-    assert without_adapter({"model": 1, "lora": 2}) == {"model": 1}
+    assert without_adapter({"model": 1, "adapter": 2, "adapter_scale": 3}) == {"model": 1}
 
 
 def synced_logprobs(synced, run, params) -> np.ndarray:
@@ -106,9 +106,9 @@ def test_synced_keeps_a_copy_of_the_policy():
 
 def test_synced_keeps_only_the_adapter_twice():
     run = runtime(REFERENCE)
-    params = {**POLICY, "lora": {"a": jnp.ones(3)}}
+    params = {**POLICY, "adapter": {"a": jnp.ones(3)}}
     scorer = Synced().scorer(run, params)
-    assert set(run.memory["reference"]) == {"lora"}
+    assert set(run.memory["reference"]) == {"adapter"}
     assert scorer.params["model"] is POLICY["model"]
 
 

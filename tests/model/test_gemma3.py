@@ -88,7 +88,7 @@ SMALL = Architecture(
 
 def small(seed=0):
     model = Gemma3(SMALL)
-    params = {"model": jax.jit(model.initialise)(jax.random.key(seed))}
+    params = {"model": jax.device_put(model.initialise(seed), may_alias=False)}
     norms = jax.tree_util.tree_map_with_path(
         lambda path, x: 0.3 * jax.random.normal(jax.random.key(7), x.shape) if path[-1].key.endswith("norm") else x,
         params,
@@ -134,7 +134,7 @@ def test_a_local_layer_sees_exactly_its_window():
     """One local layer: the last token is reached from window - 1 places before it and from no farther."""
     a = Architecture(**{**SMALL.__dict__, "layers": 1})
     model = Gemma3(a)
-    params = {"model": jax.jit(model.initialise)(jax.random.key(0))}
+    params = {"model": jax.device_put(model.initialise(0), may_alias=False)}
     tokens = jnp.arange(1, 13, dtype=jnp.int32)[None]
     segments, positions = jnp.ones_like(tokens), jnp.arange(12, dtype=jnp.int32)[None]
     logits = jax.jit(model.logits)

@@ -42,7 +42,7 @@ class Fixed(Reward):
 
 
 class Asked:
-    token_ids, answer, fields, row = (1,), "42", {}, 7
+    token_ids, answer, fields, row, soft_tokens, pictures = (1,), "42", {}, 7, (), ()
 
 
 ROW = {"row": 7, "prompt": "?", "completion": "#### 42", "n_tokens": 3, "is_truncated": False}

@@ -74,7 +74,7 @@ def test_traces_are_counted_with_the_reason(caplog):
     def step(settings, batch):
         return batch["tokens"] * settings["beta"]
 
-    counter = guard.TraceCounter(step)
+    counter = guard.TraceCounter(step, "the step")
     function = jax.jit(counter)
     tokens = jnp.ones((2, 8))
     with caplog.at_level(logging.INFO):
@@ -85,13 +85,13 @@ def test_traces_are_counted_with_the_reason(caplog):
         function({"beta": 0.5}, {"tokens": jnp.ones((4, 8))})
     assert counter.n_traces == 3
     assert caplog.messages == [
-        "tracing step again (2 times now): [0]['beta']: float32[] → float32[] (weak type)",
-        "tracing step again (3 times now): [1]['tokens']: float32[2, 8] → float32[4, 8]",
+        "compiling the step once more (2 times in this process): settings['beta']: float32[] → float32[] (weak type)",
+        "compiling the step once more (3 times in this process): batch['tokens']: float32[2, 8] → float32[4, 8]",
     ]
 
 
 def test_a_run_without_compilation_is_no_trace():
-    counter = guard.TraceCounter(lambda x: x + 1)
+    counter = guard.TraceCounter(lambda x: x + 1, "the sum")
     assert counter(jnp.zeros(())) == 1
     with jax.disable_jit():
         jax.jit(counter)(jnp.zeros(()))

@@ -269,7 +269,7 @@ class Sentences(Rows):
 def on_mesh(folder, shape: tuple[int, int, int]) -> Trainer:
     mesh = make_mesh(*shape)
     algorithm = SFT(learning_rate=0.01, batch_size=16, microbatch_size=8, optimizer=AdamW(eps=1e-4))
-    start = place({"model": GEMMA.initialise(jax.random.key(0))}, mesh)
+    start = place(jax.device_put({"model": GEMMA.initialise(0)}, may_alias=False), mesh)
     parts = {"model": GEMMA, "runtime": Runtime(GEMMA, None), "trainable": start, "mesh": mesh}
     return trained(job(folder, algorithm, Sentences(batch_size=16), max_steps=3, **parts))
 

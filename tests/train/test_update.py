@@ -29,7 +29,7 @@ SIZES = {"batch_size": 16, "microbatch_size": 16, "learning_rate": 0.01}
 
 @pytest.fixture(scope="module")
 def params():
-    return {"model": MODEL.initialise(jax.random.key(0))}
+    return {"model": jax.device_put(MODEL.initialise(0), may_alias=False)}
 
 
 def conversations(n_rows: int, time: int = 48) -> dict[str, np.ndarray]:
