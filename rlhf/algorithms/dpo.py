@@ -127,7 +127,7 @@ class DPO(Algorithm):
         return {
             "rewards/chosen": jnp.mean(chosen),
             "rewards/rejected": jnp.mean(rejected),
-            "rewards/accuracies": jnp.mean((chosen > rejected).astype(jnp.float32)),
+            "rewards/accuracies": jnp.mean(jnp.where(chosen == rejected, 0.5, chosen > rejected)),
             "rewards/margins": jnp.mean(chosen - rejected),
             "logps/chosen": jnp.mean(pairs.policy[:, 0]),
             "logps/rejected": jnp.mean(pairs.policy[:, 1]),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -32,7 +33,11 @@ STUCK = """import jax
 
 def run(body: str, *signals: int) -> tuple[int, str, str]:
     command = [sys.executable, "-c", PROGRAM.format(body=body)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a test run in the background of a script inherits that SIGINT is ignored, which the program would respect
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             for number in signals:
