@@ -71,10 +71,11 @@ class Job:
 
 @dataclasses.dataclass
 class _Pending:
-    """A dispatched step whose numbers have not been fetched."""
+    """A dispatched step whose numbers have not been fetched. ended: when it was done, if that was on its return."""
 
     step: int
     started: float
+    ended: float | None
     n_tokens: Any
     rows: np.ndarray
     metrics: list[dict[str, Any]]
@@ -178,7 +179,9 @@ class Trainer:
             metrics.append(one)
         if step == 0 and self.start == 0:
             self._self_check(metrics[0])
-        return _Pending(step + 1, started, (batch["segments"] > 0).sum(), rows, metrics)
+        is_done = all(x.is_ready() for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array))
+        ended = time.perf_counter() if is_done else None
+        return _Pending(step + 1, started, ended, (batch["segments"] > 0).sum(), rows, metrics)
 
     def _self_check(self, metrics: dict[str, Any]) -> None:
         """The loss of the first update against the closed form that the algorithm names, if it has one."""
@@ -234,7 +237,7 @@ class Trainer:
         """Wait for a step; its metrics (the mean, where it had several updates) and its times."""
         fetched = jax.device_get(pending.metrics)
         metrics = {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
-        n_tokens, now = int(pending.n_tokens), time.perf_counter()
+        n_tokens, now = int(pending.n_tokens), pending.ended or time.perf_counter()
         seconds, self.finished = now - max(pending.started, self.finished), now
         self._check_finite(pending, metrics)
         metrics |= {"n_skipped": int(fetched[-1]["n_skipped"]), "n_tokens": n_tokens}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -299,3 +300,17 @@ def test_many_devices_give_what_one_gives(tmp_path, one_device, shape):
             parts = {"gate_up": fsdp * tensor, "embedding": fsdp * tensor, "query": fsdp * min(tensor, 4)}.get(name)
             if parts is not None:  # split, not copied: so are the optimizer's two moments
                 assert leaf.addressable_shards[0].data.size * parts == leaf.size, f"{part} {name}"
+
+
+def test_a_step_that_is_done_on_its_return_gets_its_own_time(tmp_path, monkeypatch):
+    trainer = Trainer(job(tmp_path, max_steps=4))
+    update = trainer.update
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return jax.block_until_ready(update(*args, **kwargs))
+
+    monkeypatch.setattr(trainer, "update", slow)
+    trainer.fit()
+    assert all(row["seconds"] >= 0.05 for row in rows(tmp_path) if "seconds" in row)
+    assert sum("seconds" in row for row in rows(tmp_path)) == 4
