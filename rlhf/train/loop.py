@@ -179,7 +179,8 @@ class Trainer:
             metrics.append(one)
         if step == 0 and self.start == 0:
             self._self_check(metrics[0])
-        is_done = all(x.is_ready() for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array))
+        arrays = [x for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array)]
+        is_done = all(x.is_ready() for x in arrays)  # type: ignore[attr-defined]  # jax's types leave it out
         ended = time.perf_counter() if is_done else None
         return _Pending(step + 1, started, ended, (batch["segments"] > 0).sum(), rows, metrics)
 
