@@ -1,139 +1,39 @@
-"""From a composed config to the parts of a run: wiring, no maths.
+"""From the sections of a config to the parts of a run: wiring, no maths."""
 
-Everything is checked before anything is loaded: first each section by its own class, then what they ask of each other.
-"""
-
-import dataclasses
 import functools
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from rlhf import records
-from rlhf.algorithms.base import Algorithm, Runtime
+from rlhf.algorithms.base import Runtime
 from rlhf.algorithms.reference import LiveReference, without_adapter
 from rlhf.data.batches import Batches, collate, eval_batches
-from rlhf.data.dataset import Dataset, Part
+from rlhf.data.dataset import Part
 from rlhf.data.encode import Examples, Prompt
 from rlhf.data.examples import Form
-from rlhf.errors import ConfigError, nearest
+from rlhf.errors import ConfigError
 from rlhf.model.gemma3 import Gemma3
-from rlhf.model.settings import ModelSettings
 from rlhf.model.sharding import place_rows
 from rlhf.model.tokenizer import EMBEDDED, Tokenizer
-from rlhf.rewards.base import Reward
-from rlhf.sampling.evaluate import Evaluation, evaluate_prompts
+from rlhf.sampling.evaluate import evaluate_prompts
 from rlhf.sampling.sampler import Sampler
 from rlhf.sampling.samples import sample_rows
-from rlhf.sampling.settings import SamplingSettings
+from rlhf.sections import settings
 from rlhf.train.adapters import Beginning, begin
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.drawn import Drawn
-from rlhf.train.hardware import Hardware
 from rlhf.train.loop import Job
-from rlhf.train.settings import TrainerSettings
 from rlhf.train.sources import Source, locate
 
 log = logging.getLogger(__name__)
 
 _kept: dict[Any, tuple[Any, Any]] = {}  # weights and data that further runs of this process use again
-
-
-def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
-    """Build the object that a section of the config describes.
-
-    Raises:
-        ConfigError: a key is unknown, missing or has a value that its class refuses; the message has its full name.
-    """
-    missing = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]  # sections may refer to them
-    node = OmegaConf.select(cfg, key)
-    for name in missing or sorted(OmegaConf.missing_keys(node)):  # full names already
-        raise ConfigError(f"{name} has no value yet: give one as {name}=…")
-    try:
-        built = instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(_reason(error, key)) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-    if kind is not None and not isinstance(built, kind):
-        raise ConfigError(f"{key}: _target_ must name a {kind.__name__}, not {node.get('_target_')!r}")
-    return built
-
-
-def _reason(error: InstantiationException, key: str) -> str:
-    found = re.search(r"full_key: (\S+)", str(error))
-    full = found.group(1) if found else key
-    if not full.startswith(key):
-        full = f"{key}.{full}" if full else key
-    cause = error.__cause__
-    text = str(cause) if isinstance(cause, ConfigError) else " ".join(str(error).split())
-    return text if text.startswith(key) else f"{full}.{text}" if isinstance(cause, ConfigError) else f"{full}: {text}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Every section of a config, built and checked."""
-
-    model: ModelSettings
-    algorithm: Algorithm
-    dataset: Dataset
-    reward: Reward | None
-    hardware: Hardware
-    trainer: TrainerSettings
-    evaluation: Evaluation
-    sampling: SamplingSettings
-    seed: int
-
-    def __post_init__(self):
-        self.dataset.check(self.algorithm.form)
-        if self.algorithm.needs_reward and self.reward is None:
-            raise ConfigError(f"algorithm={type(self.algorithm).__name__} generates and scores: choose a reward=…")
-        shards, rows = self.hardware.n_row_shards, self.algorithm.microbatch_size
-        if rows % shards:
-            raise ConfigError(
-                f"algorithm.microbatch_size={rows} must be a multiple of the {shards} parts that hardware.mesh splits "
-                f"rows into (data × fsdp); try {max(rows // shards, 1) * shards}"
-            )
-
-
-def settings(cfg: DictConfig) -> Settings:
-    """All sections of `cfg`; loads nothing."""
-    _require_read(cfg)
-    if not isinstance(cfg.seed, int):
-        raise ConfigError(f"seed={cfg.seed!r} must be an integer")
-    return Settings(
-        model=section(cfg, "model", ModelSettings),
-        algorithm=section(cfg, "algorithm", Algorithm),
-        dataset=section(cfg, "dataset", Dataset),
-        reward=None if cfg.reward is None else section(cfg, "reward", Reward),
-        hardware=section(cfg, "hardware", Hardware),
-        trainer=section(cfg, "trainer", TrainerSettings),
-        evaluation=section(cfg, "evaluation", Evaluation),
-        sampling=section(cfg, "sampling", SamplingSettings),
-        seed=cfg.seed,
-    )
-
-
-def _require_read(cfg: DictConfig) -> None:
-    """Refuse a section that nothing reads: a name misspelt in a yaml, where Hydra does not notice, or after a `+`."""
-    names = {field.name for field in dataclasses.fields(Settings)} | {"task", "pipeline", "name", "resume"}
-    text = OmegaConf.to_yaml(cfg)
-    for name in map(str, cfg):
-        if name not in names and not re.search(rf"\$\{{{name}[.}}]", text):
-            raise ConfigError(f"{name}: nothing reads this section{nearest(name, names)}")
-
-
-def task(cfg: DictConfig) -> Callable[["Experiment"], dict[str, Any]]:
-    return section(cfg, "task")
 
 
 class Experiment:

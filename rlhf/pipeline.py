@@ -119,7 +119,7 @@ def _located(stage: str, words: list[str], folder: Path, earlier: dict[str, Any]
 
 
 def _compose(name: str, words: list[str]) -> tuple[DictConfig, list[str]]:
-    from rlhf import build, messages
+    from rlhf import messages, sections
 
     try:
         cfg = compose(HydraConfig.get().job.config_name, overrides=words)
@@ -133,7 +133,7 @@ def _compose(name: str, words: list[str]) -> tuple[DictConfig, list[str]]:
     with open_dict(cfg):
         cfg.name = cfg.name or name
     try:
-        build.settings(cfg)
+        sections.settings(cfg)
     except ConfigError as error:
         raise ConfigError(f"pipeline stage {name}: {error}") from error
     return cfg, words

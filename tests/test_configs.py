@@ -13,7 +13,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 import rlhf
-from rlhf import build
+from rlhf import sections
 from rlhf.run import CONF
 
 CONFIGS = Path(CONF)
@@ -50,7 +50,7 @@ def test_every_choice_composes_and_builds(group, choice):
         rows = OmegaConf.load(CONFIGS / group / f"{choice}.yaml").get("rows", {})
         form = get_class(rows["_target_"]).form if rows else "conversation"
         words.append(f"algorithm={FORMS[form]}")
-    settings = build.settings(composed(*words))
+    settings = sections.settings(composed(*words))
     part = getattr(settings, group, None)
     if group in ("model", "algorithm", "dataset", "reward", "hardware"):
         target = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")["_target_"]
@@ -59,7 +59,7 @@ def test_every_choice_composes_and_builds(group, choice):
 
 @pytest.mark.parametrize("choice", [choice for group, choice in FILES if group == "task"])
 def test_every_task_builds(choice):
-    task = build.task(composed(f"task={choice}"))
+    task = sections.task(composed(f"task={choice}"))
     assert callable(task)
     assert dataclasses.is_dataclass(task)
 
@@ -69,7 +69,7 @@ def test_every_stage_of_every_pipeline_builds(choice):
     plan = OmegaConf.to_container(composed(f"pipeline={choice}").pipeline, resolve=False)
     assert set(plan) <= {"stages", "report"}
     for words in plan["stages"].values():
-        build.settings(composed(*(re.sub(r"\$\{stage:(\w+)\}", r"runs/\1", word) for word in words)))
+        sections.settings(composed(*(re.sub(r"\$\{stage:(\w+)\}", r"runs/\1", word) for word in words)))
 
 
 def nodes(tree, prefix: str = "") -> list[tuple[str, dict]]:

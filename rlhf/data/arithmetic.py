@@ -11,14 +11,14 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf.config import config, require_range
+from rlhf.config import config
 from rlhf.data.chains import KINDS, SPLITS, Chain, Split, chains
-from rlhf.data.dataset import Dataset
+from rlhf.data.dataset import Part
 from rlhf.data.examples import Form
+from rlhf.data.generated import Generated
 from rlhf.data.rows import Conversations, Preferences, Questions, RowFormat
 from rlhf.data.sources import RawRow
 from rlhf.data.stories import FAULTS, SYSTEM, Fault, Story, pick, solve, spoil, tell
-from rlhf.errors import ConfigError
 
 _KIND_OF_ROW: dict[Form, str] = {
     "conversation": "conversations",
@@ -84,36 +84,21 @@ def preferences(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, Any]
 
 
 @config
-class Arithmetic(Dataset):
-    """The embedded word problems; they serve every form that an algorithm can ask for.
+class Arithmetic(Generated):
+    """The embedded word problems; they serve every form that an algorithm can ask for."""
 
-    n_train: rows of the training split.
-    n_eval: rows of every other split.
-    seed: of the generated rows; the order of training has its own.
-    """
-
-    n_train: int = 6000
-    n_eval: int = 512
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_range(self, "n_train", at_least=1)
-        require_range(self, "n_eval", at_least=1)
-        for name in ("train_split", "eval_split"):
-            if getattr(self, name) not in SPLITS:
-                raise ConfigError(f"dataset.{name}={getattr(self, name)!r} must be one of {', '.join(SPLITS)}")
+    splits = SPLITS
 
     def row_format(self, form: Form) -> RowFormat:
         if form == "prompt":
             return Questions(question="question", answer="answer", answer_pattern=r"####\s*(-?\d+)")
         return Conversations() if form == "conversation" else Preferences()
 
-    def raw_rows(self, part: str, form: Form) -> Iterator[RawRow]:
+    def raw_rows(self, part: Part, form: Form) -> Iterator[RawRow]:
         split = next(s for s in SPLITS if s == (self.train_split if part == "train" else self.eval_split))
         kind = _KIND_OF_ROW[form]
         make = {"conversations": conversations, "preferences": preferences, "problems": problems}[kind]
-        rows = make(split, self.n_train if part == "train" else self.n_eval, self.seed)
+        rows = make(split, self.n_rows(part), self.seed)
         for number, fields in enumerate(rows):
             yield RawRow(f"arithmetic {split} {kind} row {number}", fields)
 

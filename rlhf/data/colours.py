@@ -13,12 +13,12 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from rlhf.config import config, require_range
-from rlhf.data.dataset import Dataset
+from rlhf.config import config
+from rlhf.data.dataset import Part
 from rlhf.data.examples import Form
+from rlhf.data.generated import Generated
 from rlhf.data.rows import Conversations, Preferences, Questions, RowFormat
 from rlhf.data.sources import RawRow
-from rlhf.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: dict[Split, float] = {"train": 0.8, "validation": 0.1, "test": 0.1}  # share of all arrangements
@@ -104,34 +104,19 @@ def _solution(colour: str) -> str:
 
 
 @config
-class Colours(Dataset):
-    """The embedded pictures; they serve every form that an algorithm can ask for.
+class Colours(Generated):
+    """The embedded pictures; they serve every form that an algorithm can ask for."""
 
-    n_train: rows of the training split.
-    n_eval: rows of every other split.
-    seed: of the generated rows; the order of training has its own.
-    """
-
-    n_train: int = 6000
-    n_eval: int = 512
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_range(self, "n_train", at_least=1)
-        require_range(self, "n_eval", at_least=1)
-        for name in ("train_split", "eval_split"):
-            if getattr(self, name) not in SPLITS:
-                raise ConfigError(f"dataset.{name}={getattr(self, name)!r} must be one of {', '.join(SPLITS)}")
+    splits = SPLITS
 
     def row_format(self, form: Form) -> RowFormat:
         if form == "prompt":
             return Questions(question="question", answer="answer", answer_pattern=r"####\s*(\d+)")
         return Conversations() if form == "conversation" else Preferences(prompt="messages")
 
-    def raw_rows(self, part: str, form: Form) -> Iterator[RawRow]:
+    def raw_rows(self, part: Part, form: Form) -> Iterator[RawRow]:
         split = next(s for s in SPLITS if s == (self.train_split if part == "train" else self.eval_split))
-        for number, row in enumerate(rows(split, self.n_train if part == "train" else self.n_eval, self.seed)):
+        for number, row in enumerate(rows(split, self.n_rows(part), self.seed)):
             yield RawRow(f"colours {split} row {number}", _shaped(row, form))
 
 

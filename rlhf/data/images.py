@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import itertools
+import logging
 import math
 import os
 import threading
@@ -25,6 +26,8 @@ from jaxtyping import UInt8
 
 from rlhf.config import config, require_range
 from rlhf.errors import DataError
+
+log = logging.getLogger(__name__)
 
 MOST_PIXELS = 64_000_000  # of a picture: what a camera makes, not what a few bytes of an evil file can claim
 CACHE_BYTES = 256 << 20  # of decoded pictures
@@ -102,7 +105,7 @@ def inspect(source: Source, name: str) -> tuple[str, tuple[int, int]]:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        turned = _upright(source)
+        turned = _upright(source, name)
         return _digest(f"{turned.mode} {turned.size}".encode() + turned.tobytes()), turned.size
     data = _read(source, name)
     with warnings.catch_warnings():
@@ -115,7 +118,7 @@ def inspect(source: Source, name: str) -> tuple[str, tuple[int, int]]:
         if image.mode == "F":
             raise DataError(f"{name} has floating-point pixels, whose white is not known: save it with 8 or 16 bits")
         _require_whole(data, image, name)
-        is_lying = _orientation(image) >= 5  # as the sensor saw it, which is on its side
+        is_lying = _orientation(image, name) >= 5  # as the sensor saw it, which is on its side
     return _digest(data), (height, width) if is_lying else (width, height)
 
 
@@ -135,7 +138,7 @@ def decode(picture: Picture, size: int) -> Pixels:
             raise DataError(f"{name} is not what it was when the rows were read: start again")
         image = _open(data, name)
     try:
-        upright = _rgb(_upright(image), name)
+        upright = _rgb(_upright(image, name), name)
         part = upright if picture.box is None else upright.crop(picture.box)
         return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
     except DataError:
@@ -246,16 +249,17 @@ def _require_whole(data: bytes, image: Any, name: str) -> None:
         raise DataError(f"{name} is damaged or cut off: {error}") from error
 
 
-def _orientation(image: Any) -> int:
+def _orientation(image: Any, name: str) -> int:
     from PIL import ExifTags
 
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken metadata turn nothing; the picture is there all the same
+    except Exception as error:  # of many classes; the picture is there all the same
+        log.warning("%s: it isn't turned, for its EXIF data can't be read: %s", name, error)
         return 1
 
 
-def _upright(image: Any) -> Any:
+def _upright(image: Any, name: str) -> Any:
     """Turned and mirrored as its EXIF orientation asks (CIPA DC-008-2023, section 4.6.6)."""
     from PIL import Image
 
@@ -269,7 +273,7 @@ def _upright(image: Any) -> Any:
         7: turns.TRANSVERSE,
         8: turns.ROTATE_90,
     }
-    orientation = _orientation(image)
+    orientation = _orientation(image, name)
     return image.transpose(asked[orientation]) if orientation in asked else image
 
 

@@ -15,7 +15,8 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str], keep: bool = False)
     keep: other runs of this process may want the same weights and data: keep them.
     """
     from rlhf import pipeline
-    from rlhf.build import Experiment, task
+    from rlhf.build import Experiment
+    from rlhf.sections import task
 
     if cfg.pipeline is not None:
         return pipeline.run(cfg, folder, overrides)
