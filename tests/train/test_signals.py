@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 import threading
-from functools import partial
 
 import pytest
 
 from rlhf.train.signals import StopSignals
 
 PROGRAM = """
-import logging, sys, time
+import logging, signal, sys, time
+# a test run in the background of a script inherits that SIGINT is ignored, which the program would respect
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from rlhf.train.signals import StopSignals
 with StopSignals() as signals:
@@ -33,11 +34,7 @@ STUCK = """import jax
 
 def run(body: str, *signals: int) -> tuple[int, str, str]:
     command = [sys.executable, "-c", PROGRAM.format(body=body)]
-    # a test run in the background of a script inherits that SIGINT is ignored, which the program would respect
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             for number in signals:
