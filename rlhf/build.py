@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rlhf import records
 from rlhf.algorithms.base import Runtime
 from rlhf.algorithms.reference import LiveReference, without_adapter
-from rlhf.data.batches import Batches, collate, eval_batches
+from rlhf.data.batches import Batches, collate, eval_batches, more_prompts
 from rlhf.data.dataset import Part
 from rlhf.data.encode import Examples, Prompt
 from rlhf.data.examples import Form
@@ -142,8 +142,10 @@ class Experiment:
             records.keep(self.tokenizer.path, self.folder / "tokenizer.model")
         is_new = self.beginning.adapter is None  # one that changes nothing yet: the reference does without
         runtime = self.runtime(without_adapter(parameters) if is_new else parameters, batches, held_out)
-        is_shared = self.keep or isinstance(runtime.reference, LiveReference)
+        further = s.algorithm.components(parameters, lambda path: self.load_or_draw(path, s.seed), s.seed)
+        is_shared = self.keep or isinstance(runtime.reference, LiveReference) or bool(further)
         trainable, frozen = self._divided(parameters)
+        trainable |= further
         job = Job(
             folder=self.folder,
             model=self.model,
@@ -213,7 +215,7 @@ class Experiment:
     def held_out(self) -> dict[str, Any] | None:
         """The rows that `val/…` metrics are measured on, as one batch."""
         s = self.settings
-        if not s.trainer.eval_rows or not s.dataset.has_eval():
+        if not s.trainer.eval_rows or s.algorithm.form == "prompt" or not s.dataset.has_eval():
             return None
         examples = self.examples("eval", s.algorithm.form)
         return next(eval_batches(examples, min(s.trainer.eval_rows, len(examples))))
@@ -221,7 +223,9 @@ class Experiment:
     def runtime(self, start: dict[str, Any], batches: Batches | None, held_out: dict[str, Any] | None) -> Runtime:
         """What `prepare` may use; the reference, where there is one, has the parameters `start`."""
         s = self.settings
-        runtime = Runtime(self.model, self.tokenizer, generate=self.sampler)
+        runtime = Runtime(self.model, self.tokenizer, generate=self.sampler, reward=s.reward)
+        if s.algorithm.form == "prompt" and batches is not None:
+            runtime.prompts, runtime.more_prompts = batches.examples, more_prompts(batches.examples, s.seed)
         if not s.algorithm.needs_reference:
             return runtime
         place_inputs = functools.partial(place_rows, mesh=self.mesh)

@@ -75,11 +75,13 @@ def batch_arithmetic(algorithm: Any, n_rows: int, n_steps: int) -> str:
     """How rows become optimizer steps, in one line."""
     a = algorithm
     rows = {"preference": "pairs", "prompt": "prompts"}.get(a.form, "rows")
-    per_update = a.batch_size // a.minibatches
+    per_update = a.rows_per_batch // a.minibatches
     updates = a.epochs * a.minibatches
+    many, epochs = a.rows_per_batch // a.batch_size, f"{a.epochs} epochs of " if a.epochs > 1 else ""
+    samples = f" × {many} samples = {a.rows_per_batch} sequences" if many > 1 else ""
     return (
-        f"{a.batch_size} {rows} a step = {a.minibatches} minibatch{'es' if a.minibatches > 1 else ''} × "
-        f"{per_update // a.microbatch_size} microbatch{'es' if per_update > a.microbatch_size else ''} of "
+        f"{a.batch_size} {rows} a step{samples} = {epochs}{a.minibatches} minibatch{'es' if a.minibatches > 1 else ''} "
+        f"× {per_update // a.microbatch_size} microbatch{'es' if per_update > a.microbatch_size else ''} of "
         f"{a.microbatch_size}; {updates} optimizer step{'s' if updates > 1 else ''} a step; {n_steps:,} steps over "
         f"{n_rows:,} {rows} ({n_steps * a.batch_size / n_rows:.2f} epochs)"
     )

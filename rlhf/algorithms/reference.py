@@ -27,8 +27,8 @@ MODEL_INPUTS = (
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _token_logprobs(model: Any, params: Params, inputs: Batch) -> Float[Array, "..."]:
-    return model.token_logprobs(params, inputs)
+def _token_logprobs(model: Any, params: Params, inputs: Batch, temperature: Number) -> Float[Array, "..."]:
+    return model.token_logprobs(params, inputs, temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,16 @@ class LiveReference:
         """The same model, slicing and placement with other weights, such as the policy's of this moment."""
         return dataclasses.replace(self, params=params)
 
-    def token_logprobs(self, batch: Batch) -> Float[Array, "..."]:
-        """Log-probability of each token given those before it, in nats; same shape as `batch["tokens"]`."""
+    def token_logprobs(self, batch: Batch, temperature: Number = 1.0) -> Float[Array, "..."]:
+        """Log-probability of each token given those before it, in nats; same shape as `batch["tokens"]`.
+
+        temperature: what logits are divided by; that of the rollout, where the tokens come from one.
+        """
         n_rows = batch["tokens"].shape[0]
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         slices = [{k: v[at : at + self.rows] for k, v in inputs.items()} for at in range(0, n_rows, self.rows)]
-        scored = [_token_logprobs(self.model, self.params, self.place(part)) for part in slices]
+        by = jnp.float32(temperature)
+        scored = [_token_logprobs(self.model, self.params, self.place(part), by) for part in slices]
         return scored[0] if len(scored) == 1 else jnp.concatenate(scored)
 
 

@@ -13,21 +13,24 @@
 | `joint_tokens` ... | | | preferences: the pair in one row (`joint.py`) |
 | `kl_tokens` ... | | [batch, time] | unpaired: the row's prompt with another row's answer; the same arrays |
 
+Prompts have `row` and `prompts`, a list of `rlhf.data.encode.Prompt`: who answers them makes the rest.
+
 Preferences have a second axis of two, chosen and rejected: `tokens` is [batch, 2, time]; `images` are those of the
 prompt, once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from rlhf.data.encode import Examples, TokenRow
+from rlhf.data.encode import Examples, Prompt, TokenRow
 from rlhf.data.images import load_images
 from rlhf.data.joint import join
 from rlhf.errors import ConfigError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 class Order:
@@ -84,6 +87,12 @@ class Batches:
         return collate(self.examples, self.order.rows(step))
 
 
+def more_prompts(examples: Examples, seed: int) -> Callable[[int, int], list[Prompt]]:
+    """Prompts of an endless order of their own: `more_prompts(examples, seed)(start, n)` are n from place `start`."""
+    order = Order(len(examples.prompts), 1, seed + 2**32)  # no run has this seed for its batches
+    return lambda start, n: [examples.prompts[int(order.rows(place)[0])] for place in range(start, start + n)]
+
+
 def eval_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
     """Every example once, unpacked and in order; the last batch is filled up with empty rows, whose `row` is -1."""
     alone = [(index,) for index in range(len(examples))]
@@ -98,6 +107,18 @@ def collate(examples: Examples, rows: Int[np.ndarray, "batch"] | Sequence[int]) 
 
 
 def _collate(examples: Examples, packs: Sequence[tuple[int, ...]], batch_size: int) -> Batch:
+    if examples.form == "prompt":
+        rows = [index for pack in packs for index in pack]
+        return {"prompts": [examples.prompts[row] for row in rows], "row": np.array(rows, np.int32)}
+    return _token_batch(examples, packs, batch_size)
+
+
+def collate_tokens(examples: Examples, rows: Int[np.ndarray, "batch"] | Sequence[int]) -> Batch:
+    """The tokens of the given rows whatever their form: prompts too, up to where the answer begins. For looking."""
+    return _token_batch(examples, [examples.packs[row] for row in rows], len(rows))
+
+
+def _token_batch(examples: Examples, packs: Sequence[tuple[int, ...]], batch_size: int) -> Batch:
     shown = [[picture for index in pack for picture in examples.pictures[index]] for pack in packs]
     has_images = any(shown)
     batch = _empty(examples, batch_size, has_images)

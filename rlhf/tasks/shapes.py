@@ -4,7 +4,7 @@ from typing import Any
 
 from rlhf.build import Experiment
 from rlhf.config import config, require_range
-from rlhf.data.batches import Batches
+from rlhf.data.batches import Batches, collate_tokens
 from rlhf.data.describe import describe_batch
 
 
@@ -20,6 +20,7 @@ class Shapes:
     def __call__(self, experiment: Experiment) -> dict[str, Any]:
         algorithm = experiment.settings.algorithm
         examples = experiment.examples("train", algorithm.form)
-        batch = Batches(examples, algorithm.batch_size, experiment.settings.seed)[0]
+        batches = Batches(examples, algorithm.batch_size, experiment.settings.seed)
+        batch = collate_tokens(examples, batches.order.rows(0))
         print(describe_batch(batch, experiment.tokenizer, self.n_rows))
         return {f"shape/{name}": str(tuple(x.shape)) for name, x in batch.items()}

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from rlhf.model.sharding import place_rows, with_shardings
 from rlhf.train import guard
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_held_out, read_metrics
+from rlhf.train.minibatches import joined, minibatches
 from rlhf.train.settings import TrainerSettings
 from rlhf.train.signals import StopSignals
 from rlhf.train.update import eager_measure, eager_update, initial_state, measure, measure_all, update
@@ -71,14 +72,19 @@ class Job:
 
 @dataclasses.dataclass
 class _Pending:
-    """A dispatched step whose numbers have not been fetched. ended: when it was done, if that was on its return."""
+    """A dispatched step whose numbers have not been fetched. ended: when it was done, if that was on its return.
+
+    log: what the algorithm told of it. updating: when its first optimizer step was begun.
+    """
 
     step: int
     started: float
+    updating: float
     ended: float | None
     n_tokens: Any
     rows: np.ndarray
     metrics: list[dict[str, Any]]
+    log: Any
 
 
 class Trainer:
@@ -135,6 +141,7 @@ class Trainer:
             Progress(self.n_steps, self.start) as self.progress,
             StopSignals() as signals,
         ):
+            self.progress.headline = self.algorithm.headline
             if self.start == 0:
                 first = self._first_look()
             pending = None
@@ -168,21 +175,24 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(job.seed), step)
         batch = job.batches[step]
         rows = batch["row"]
+        job.runtime.step = step
         batch = algorithm.prepare(job.runtime, self.params, batch, key)
+        told, updating = job.runtime.log.take(), time.perf_counter()
         n_updates = jnp.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
         metrics = []
-        for index, part in enumerate(_minibatches(batch, algorithm, jax.random.fold_in(key, 1))):
-            if job.is_noisy:
-                part = {**part, "noise": _noise(jax.random.fold_in(key, 2), index, len(part["row"]))}
+        for part in minibatches(batch, algorithm, key, job.is_noisy):
             part = place_rows(part, job.mesh)
             self.state, one = self.update(self.state, job.frozen, part, algorithm, n_updates, model=job.model)
             metrics.append(one)
+            if algorithm.stops_early and algorithm.is_far(jax.device_get(one)):
+                break
         if step == 0 and self.start == 0:
             self._self_check(metrics[0])
         arrays = [x for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array)]
         is_done = all(x.is_ready() for x in arrays)  # type: ignore[attr-defined]  # jax's types leave it out
         ended = time.perf_counter() if is_done else None
-        return _Pending(step + 1, started, ended, (batch["segments"] > 0).sum(), rows, metrics)
+        n_tokens = (batch["segments"] > 0).sum()
+        return _Pending(step + 1, started, updating, ended, n_tokens, rows, metrics, told)
 
     def _self_check(self, metrics: dict[str, Any]) -> None:
         """The loss of the first update against the closed form that the algorithm names, if it has one."""
@@ -211,19 +221,22 @@ class Trainer:
         if is_evaluated or _due(step, settings.log_every):  # whatever stops a run adds no row that it would not have
             self._write(step, metrics, times)
         if _due(step, settings.samples_every):
-            self._sample(step)
+            self._sample(step, pending.log.rollouts)
+        if is_last:
+            self._finish_components()
         if is_last or is_stopped or _due(step, settings.checkpoint_every):
             self._save(step)
         self.finished = time.perf_counter()
         return metrics
 
-    def _sample(self, step: int) -> None:
-        """Sampled texts for `samples.jsonl` and the log."""
-        rows = self.job.sample(self.params, step) if self.job.sample else []
-        self.samples.write(step, rows)
-        for row in rows:
-            texts = (f"  {name}: {value}" for name, value in row.items() if name not in ("step", "row"))
-            log.info("sample of row %s\n%s", row.get("row"), "\n".join(texts))
+    def _sample(self, step: int, rollouts: Sequence[dict[str, Any]] = ()) -> None:
+        """Texts for `samples.jsonl`, the log shows the first: what was trained on, and answers to held-out prompts."""
+        held_out = self.job.sample(self.params, step) if self.job.sample else []
+        for kind, rows in (("rollout", list(rollouts)), ("sample", held_out)):
+            self.samples.write(step, rows)
+            for row in rows[: self.job.settings.n_samples]:
+                texts = (f"  {name}: {value}" for name, value in row.items() if name not in ("step", "row"))
+                log.info("%s of row %s\n%s", kind, row.get("row"), "\n".join(texts))
 
     def _finish(self, pending: _Pending | None) -> dict[str, float]:
         """Fetch and log the numbers of a step that nothing else follows."""
@@ -237,12 +250,17 @@ class Trainer:
     def _fetch(self, pending: _Pending) -> tuple[dict[str, float], dict[str, float]]:
         """Wait for a step; its metrics (the mean, where it had several updates) and its times."""
         fetched = jax.device_get(pending.metrics)
-        metrics = {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
+        metrics = joined(fetched)
         n_tokens, now = int(pending.n_tokens), pending.ended or time.perf_counter()
         seconds, self.finished = now - max(pending.started, self.finished), now
         self._check_finite(pending, metrics)
-        metrics |= {"n_skipped": int(fetched[-1]["n_skipped"]), "n_tokens": n_tokens}
-        return metrics, {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
+        metrics |= {"n_skipped": int(fetched[-1]["n_skipped"]), "n_tokens": n_tokens, **pending.log.metrics}
+        times = {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
+        if pending.log.times:
+            times |= {**pending.log.times, "time/update_seconds": now - pending.updating}
+        if self.algorithm.stops_early:
+            metrics["n_updates"] = len(fetched)
+        return metrics, times
 
     def _write(self, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
         self.writer.write(step, metrics, times)
@@ -266,14 +284,22 @@ class Trainer:
         """The algorithm's loss and metrics on held-out rows, and what else the job evaluates, as `val/…`."""
         job, metrics = self.job, {}
         if job.held_out is not None:
-            memory = dict(job.runtime.memory)  # held-out rows leave no trace in it
+            memory = dict(job.runtime.memory)  # held-out rows leave no trace in it, nor in the log
             prepared = self.algorithm.prepare(job.runtime, self.params, job.held_out, jax.random.key(job.seed))
             job.runtime.memory.clear()
             job.runtime.memory.update(memory)
+            job.runtime.log.take()
             metrics = measure_all(self.params, prepared, self.algorithm, job.model, self.measure, job.mesh)
         if job.evaluate is not None:
             metrics |= job.evaluate(self.params)
         return {f"val/{name}": value for name, value in metrics.items()}
+
+    def _finish_components(self) -> None:
+        """What the algorithm changes of the parameters when all steps are done; logged, not in a step's row."""
+        changed = self.algorithm.finish(self.job.runtime, self.params, self.job.seed)
+        self.state = {**self.state, "params": {**self.state["params"], **changed}}
+        for name, value in self.job.runtime.log.take().metrics.items():
+            log.info("after the last step: %s %.6g", name, value)
 
     def _save(self, step: int) -> None:
         self.writer.flush()
@@ -285,19 +311,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _noise(key: jax.Array, index: int, n_rows: int) -> np.ndarray:
-    """A random number for each row of an optimizer step: however rows are cut into microbatches, each keeps its own."""
-    return np.asarray(jax.random.bits(jax.random.fold_in(key, index), (n_rows,)))
-
-
-def _minibatches(batch: dict[str, Any], algorithm: Any, key: jax.Array) -> Any:
-    """The parts of a prepared batch, one per optimizer step: in order if there is one, else shuffled each epoch."""
-    if algorithm.epochs * algorithm.minibatches == 1:
-        yield batch
-        return
-    for epoch in range(algorithm.epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), algorithm.batch_size))
-        for rows in order.reshape(algorithm.minibatches, -1):
-            yield {name: x[rows] if x.ndim else x for name, x in batch.items()}

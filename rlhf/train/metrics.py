@@ -7,7 +7,7 @@ import datetime
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,19 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def format_metrics(
-    step: int, n_steps: int, metrics: Mapping[str, Any], times: Mapping[str, Any] | None = None, left: str = ""
+    step: int,
+    n_steps: int,
+    metrics: Mapping[str, Any],
+    times: Mapping[str, Any] | None = None,
+    left: str = "",
+    headline: Sequence[str] = (),
 ) -> str:
-    """One line for the log: columns as wide as the numbers can be, so that lines of one run stand below each other."""
+    """One line for the log: columns as wide as the numbers can be, so that lines of one run stand below each other.
+
+    headline: the metrics that it shows after the loss, where those are not all.
+    """
     cells = [f"step {step:>{len(str(n_steps))}}/{n_steps}"]
-    cells += [f"{name} {_short(metrics[name]):<10}" for name in _shown(metrics)]
+    cells += [f"{name} {_short(metrics[name]):<10}" for name in _shown(metrics, headline)]
     if times and "tokens_per_second" in times:
         cells.append(f"{_number(times['tokens_per_second']):>8,.0f} tokens/s")
     return "  ".join([*cells, left]).rstrip()
@@ -125,8 +133,11 @@ def format_held_out(metrics: Mapping[str, Any]) -> str:
     return f"held out: {', '.join(cells)}" if cells else ""
 
 
-def _shown(metrics: Mapping[str, Any]) -> list[str]:
+def _shown(metrics: Mapping[str, Any], headline: Sequence[str]) -> list[str]:
     """What a log line tells of a step: the loss first; not what is on a line of its own, or nothing to speak of."""
+    if headline:
+        skipped = ("n_skipped",) if metrics.get("n_skipped") else ()
+        return [name for name in ("loss", *headline, *skipped) if name in metrics]
     hidden = {"n_tokens", "loss"} | ({"n_skipped"} if not metrics.get("n_skipped") else set())
     hidden |= {"nll"} if metrics.get("nll") == metrics.get("loss") else set()
     names = [name for name in metrics if name not in hidden and not name.startswith("val/")]
@@ -147,6 +158,7 @@ class Progress:
     def __init__(self, n_steps: int, start: int = 0):
         self._n_steps = n_steps
         self._start = start
+        self.headline: Sequence[str] = ()
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
 
@@ -166,7 +178,7 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         """Show the numbers of the step that was just done."""
         left = self._time_left(step)
-        lines = [format_metrics(step, self._n_steps, metrics, times, left), format_held_out(metrics)]
+        lines = [format_metrics(step, self._n_steps, metrics, times, left, self.headline), format_held_out(metrics)]
         if self._bar is not None:
             self._bar.clear()
         for line in filter(None, lines):

@@ -25,7 +25,7 @@ def initial_state(trainable: Tree, algorithm: Any) -> dict[str, Tree]:
 
 
 def _init(algorithm: Any, trainable: Tree) -> Tree:
-    return algorithm.optimizer.transform(algorithm.learning_rate).init(trainable)
+    return algorithm.optimizer.transform(1.0).init(trainable)
 
 
 _compiled_init = jax.jit(_init)
@@ -71,6 +71,10 @@ def loss_and_gradient(trainable: Tree, frozen: Tree, batch: Tree, algorithm: Any
     return {name: _fold(name, values) for name, values in metrics.items()}, gradient
 
 
+def _scaled(tree: Tree, by: Any) -> Tree:
+    return jax.tree.map(lambda x: (x * by).astype(x.dtype), tree)
+
+
 def eager_update(
     state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any
 ) -> tuple[Tree, Tree]:
@@ -80,21 +84,29 @@ def eager_update(
     the loop decides whether the run goes on.
     """
     metrics, gradient = loss_and_gradient(state["params"], frozen, batch, algorithm, model)
-    norm = optax.tree.norm(gradient)
-    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    scale = jnp.minimum(1.0, algorithm.clip_norm / jnp.maximum(norm, 1e-30))
-    gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+    norms = {}
+    for group in algorithm.clip_groups(tuple(gradient)):
+        part = {name: gradient[name] for name in group}
+        norms[group[0]] = norm = optax.tree.norm(part)
+        gradient = {**gradient, **_scaled(part, jnp.minimum(1.0, algorithm.clip_norm / jnp.maximum(norm, 1e-30)))}
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(jnp.stack(list(norms.values()))).all()
 
-    learning_rate = algorithm.learning_rate * algorithm.schedule(state["n_updates"], n_updates)
-    transform = algorithm.optimizer.transform(learning_rate)
+    rates = algorithm.learning_rates(tuple(gradient), state["n_updates"], n_updates)
+    transform = algorithm.optimizer.transform(1.0)  # every one of them is linear in its learning rate
     changes, optimizer = transform.update(gradient, state["optimizer"], state["params"])
+    changes = {
+        name: jax.tree.map(lambda x, by=rates[name]: (x * by).astype(x.dtype), changes[name]) for name in changes
+    }
     params = optax.apply_updates(state["params"], changes)
 
     old, new = (state["params"], state["optimizer"]), (params, optimizer)
     params, optimizer = jax.tree.map(lambda before, after: jnp.where(is_finite, after, before), old, new)
     skipped = state["n_skipped"] + jnp.where(is_finite, 0, 1)
     after = {"params": params, "optimizer": optimizer, "n_updates": state["n_updates"] + 1, "n_skipped": skipped}
-    metrics |= {"grad_norm": norm, "learning_rate": learning_rate, "n_skipped": skipped}
+    first, *others = norms
+    metrics |= {"grad_norm": norms[first], "learning_rate": rates[first], "n_skipped": skipped}
+    for name in others:
+        metrics |= {f"grad_norm/{name}": norms[name], f"learning_rate/{name}": rates[name]}
     return after, metrics
 
 
