@@ -1,6 +1,7 @@
 """Peak memory and time of reading a checkpoint of the true shapes, written before with random numbers.
 
 .venv/bin/python experiments/memory/checkpoint_load.py [--size 1b] [--form hf|orbax] [--layers N] [--folder DIR]
+    [--quantise int8|nf4]
 """
 
 import argparse
@@ -50,17 +51,20 @@ def write(a, form: str, folder: Path) -> None:
         write_safetensors.write(tree, a, "bfloat16", folder, int(1e9))
 
 
-def load(size: str, layers: int | None, folder: Path) -> dict:
+def load(size: str, layers: int | None, folder: Path, quantise: str | None) -> dict:
     """What one process sees: bytes of the parameters, seconds, and its peak resident memory."""
     import jax
 
+    from rlhf.model.checkpoints.stream import as_read
+    from rlhf.model.quantised import quantiser
     from rlhf.train.sources import locate
 
     a = architecture(size, layers)
     jax.block_until_ready(jax.numpy.zeros(8) + 1)
+    finish = as_read if quantise is None else quantiser(quantise)
     before = peak_bytes()
     start = time.perf_counter()
-    tree = jax.block_until_ready(locate(str(folder)).load(a, "bfloat16", None))
+    tree = jax.block_until_ready(locate(str(folder)).load(a, "bfloat16", None, finish))
     seconds = time.perf_counter() - start
     n_bytes = sum(x.nbytes for x in jax.tree.leaves(tree))
     return {"parameters": n_bytes, "before": before, "peak": peak_bytes(), "seconds": seconds}
@@ -78,17 +82,19 @@ def main() -> None:
     parser.add_argument("--form", default="hf", choices=["hf", "orbax"])
     parser.add_argument("--layers", type=int, help="fewer layers than the size has")
     parser.add_argument("--folder", type=Path, help="where to write it; kept")
+    parser.add_argument("--quantise", choices=["int8", "nf4"], help="matrices of the layers as codes")
     parser.add_argument("--step", choices=["write", "load"], help="only this, in this process")
     options = parser.parse_args()
     if options.step == "write":
         write(architecture(options.size, options.layers), options.form, options.folder)
     elif options.step == "load":
-        print(json.dumps(load(options.size, options.layers, options.folder)))
+        print(json.dumps(load(options.size, options.layers, options.folder, options.quantise)))
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = options.folder or Path(temporary) / "checkpoint"
             shape = ["--size", options.size, "--form", options.form]
             shape += [] if options.layers is None else ["--layers", str(options.layers)]
+            shape += [] if options.quantise is None else ["--quantise", options.quantise]
             base = [sys.executable, __file__, *shape, "--folder", str(folder)]
             if not folder.exists():
                 subprocess.run([*base, "--step", "write"], check=True)
@@ -96,7 +102,8 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         beyond = found["peak"] - found["parameters"]
         print(
-            f"{options.size} {options.form}: parameters {found['parameters'] / 1e9:.2f} GB, peak "
+            f"{options.size} {options.form} {options.quantise or ''}: "
+            f"parameters {found['parameters'] / 1e9:.2f} GB, peak "
             f"{found['peak'] / 1e9:.2f} GB ({beyond / 1e9:.2f} GB more, of which {found['before'] / 1e9:.2f} GB before "
             f"loading), {found['seconds']:.1f} s"
         )

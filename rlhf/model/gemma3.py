@@ -8,7 +8,6 @@ architecture: Gemma 3 Technical Report (Gemma Team, 2025), section 2.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,16 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf.config import Number
-from rlhf.model.layers import (
-    attend,
-    attention_mask,
-    gated_mlp,
-    project,
-    project_attention,
-    rms_norm,
-    rope_tables,
-    rotate,
-)
+from rlhf.model.attention import Places, choose, mixer
+from rlhf.model.layers import gated_mlp, project, project_attention, rms_norm, rope_tables, rotate
 from rlhf.model.lora import KEPT_PRODUCTS, adapt, compute_layer, split_layers, stacked_layers
 from rlhf.model.random_arrays import normal
 from rlhf.model.vision import Vision, image_ids, soft_features
@@ -99,6 +90,20 @@ def _unstack(stacked: Tree) -> list[Tree]:
 _unstack.defvjp(
     lambda stacked: (_unstack(stacked), None),
     lambda _, parts: (jax.tree.map(lambda *xs: jnp.stack(xs), *parts),),
+)
+
+
+@jax.custom_vjp
+def _looked_up(embedding: Array, tokens: Array) -> tuple[Array, Array]:
+    """Rows of the embedding, and the embedding itself, for whoever uses it later."""
+    return embedding[tokens], embedding
+
+
+# The later use's gradient is there first, and that of the rows is added into it: apart from each other, they would be
+# two arrays of the embedding's size.
+_looked_up.defvjp(
+    lambda embedding, tokens: (_looked_up(embedding, tokens), tokens),
+    lambda tokens, parts: (parts[1].at[tokens].add(parts[0]), None),
 )
 
 
@@ -178,12 +183,15 @@ class Gemma3:
             neighbours, such as both answers to one prompt, and runs through the tower once.
         soft_tokens: 1 + slot · tokens_per_image + j for the j-th soft token of a slot, 0 for text.
         """
-        vectors = params["model"]["embedding"][tokens].astype(self.compute_dtype)
-        vectors *= jnp.asarray(self.architecture.width**0.5, self.compute_dtype)
+        return self._with_pictures(params, params["model"]["embedding"][tokens], soft_tokens, images)
+
+    def _with_pictures(self, params: Tree, found: Array, soft_tokens: Array | None, images: Array | None) -> Array:
+        """`embed`, from rows of the embedding."""
+        vectors = found.astype(self.compute_dtype) * jnp.asarray(self.architecture.width**0.5, self.compute_dtype)
         if soft_tokens is None or images is None:
             return vectors
         features = soft_features(params["vision"], images, self.architecture.tower, self.compute_dtype)
-        features = jnp.repeat(features, tokens.shape[0] // features.shape[0], axis=0)
+        features = jnp.repeat(features, found.shape[0] // features.shape[0], axis=0)
         there = jnp.take_along_axis(features, jnp.maximum(soft_tokens - 1, 0)[:, :, None], axis=1)
         return jnp.where((soft_tokens > 0)[:, :, None], there, vectors)
 
@@ -226,36 +234,60 @@ class Gemma3:
 
         soft_tokens, images: as for `embed`.
         """
+        return self._run(params, tokens, segments, positions, prefixes, soft_tokens, images)[0]
+
+    def _run(
+        self,
+        params: Tree,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        prefixes: Array | None,
+        soft_tokens: Array | None,
+        images: Array | None,
+    ) -> tuple[Array, Array]:
+        """`hidden`, and the embedding to score tokens with (see `_looked_up`)."""
         a = self.architecture
         local_rope, global_rope = self.rope(positions)
         seen = None if soft_tokens is None else image_ids(soft_tokens, a.tower.tokens_per_image)
-        local_mask = attention_mask(positions, segments, positions, segments, a.window, prefixes, seen, seen)
-        global_mask = attention_mask(positions, segments, positions, segments, None, prefixes, seen, seen)
+        n_image = 0 if a.vision is None else a.vision.tokens_per_image
+        mix = mixer(Places(positions, segments, prefixes, seen, n_image), a.window)
 
         def run(x, layer, is_global):
-            rope, mask = _choose(is_global, (global_rope, global_mask), (local_rope, local_mask))
-            return self.block(layer, x, rope, lambda q, k, v: (attend(q, k, v, mask), None))[0]
+            rope = choose(is_global, global_rope, local_rope)
+            return self.block(layer, x, rope, lambda q, k, v: (mix(q, k, v, is_global), None))[0]
 
         keep = KEPT_PRODUCTS if self.remat == "none" else None
         run = jax.checkpoint(run, policy=keep, static_argnums=() if self.scan_layers else (2,))
-        x = self.embed(params, tokens, soft_tokens, images)
+        found, embedding = _looked_up(params["model"]["embedding"], tokens)
+        x = self._with_pictures(params, found, soft_tokens, images)
         stacked = stacked_layers(params, x.shape[0])
         if self.scan_layers:
             x, _ = jax.lax.scan(lambda x, layer: (run(x, *layer), None), x, (stacked, jnp.asarray(a.is_global())))
         else:
             for layer, is_global in zip(_layers(stacked), a.is_global(), strict=True):
                 x = run(x, layer, is_global)
-        return rms_norm(x, params["model"]["final_norm"], a.eps)
+        return rms_norm(x, params["model"]["final_norm"], a.eps), embedding
+
+    def hidden_of(self, params: Tree, batch: Tree) -> Float[Array, "rows time width"]:
+        """`hidden` of a batch (see `token_logprobs`); its leading axes are one, and `joint_…` is not read."""
+        tokens, segments, positions = (jnp.asarray(batch[k]) for k in ("tokens", "segments", "positions"))
+        tokens, segments, positions = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
+        return self.hidden(params, tokens, segments, positions, None, *_pictures(batch, "soft_tokens"))
+
+    def joint_hidden_of(self, params: Tree, batch: Tree) -> Float[Array, "rows joint width"]:
+        """`hidden` of the rows of a batch that hold a shared beginning once (see `rlhf.data.joint`)."""
+        parts = (jnp.asarray(batch[f"joint_{name}"]) for name in ("tokens", "segments", "positions", "prefixes"))
+        tokens, segments, positions, prefixes = parts
+        return self.hidden(params, tokens, segments, positions, prefixes, *_pictures(batch, "joint_soft_tokens"))
 
     def _scored(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
         """Score every token but the first of each segment; the others get 0."""
         if "joint_tokens" in batch:
             return self._scored_jointly(params, batch, temperature, score)
-        tokens, segments, positions = (batch[k] for k in ("tokens", "segments", "positions"))
-        shape = tokens.shape
-        tokens, segments, positions = (jnp.asarray(x).reshape(-1, shape[-1]) for x in (tokens, segments, positions))
-        soft_tokens, images = _pictures(batch, "soft_tokens")
-        hidden = self.hidden(params, tokens, segments, positions, None, soft_tokens, images)[:, :-1]
+        hidden = self.hidden_of(params, batch)[:, :-1]
+        shape = batch["tokens"].shape
+        tokens, segments = (jnp.asarray(batch[name]).reshape(-1, shape[-1]) for name in ("tokens", "segments"))
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         scores = score(hidden.reshape(-1, hidden.shape[-1]), embedding, tokens[:, 1:].reshape(-1), temperature)
         follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -268,11 +300,9 @@ class Gemma3:
 
     def _scored_jointly(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
         """The same numbers from rows in which sequences that begin alike share their beginning."""
-        parts = (jnp.asarray(batch[f"joint_{name}"]) for name in ("tokens", "segments", "positions", "prefixes"))
-        tokens, segments, positions, prefixes = parts
+        tokens = jnp.asarray(batch["joint_tokens"])
         previous, places = jnp.asarray(batch["joint_previous"]), jnp.asarray(batch["joint_places"])
-        soft_tokens, images = _pictures(batch, "joint_soft_tokens")
-        hidden = self.hidden(params, tokens, segments, positions, prefixes, soft_tokens, images)
+        hidden = self.joint_hidden_of(params, batch)
         before = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[:, :, None], axis=1)
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         scores = score(before.reshape(-1, hidden.shape[-1]), embedding, tokens.reshape(-1), temperature)
@@ -321,10 +351,3 @@ def _pictures(batch: Tree, name: str) -> tuple[Array | None, Array | None]:
         return None, None
     soft_tokens = jnp.asarray(batch[name])
     return soft_tokens.reshape(-1, soft_tokens.shape[-1]), jnp.asarray(batch["images"])
-
-
-def _choose(condition: bool | Array, yes: Any, no: Any) -> Any:
-    """`yes` or `no`: decided while tracing where the condition is known, by a select where it is data."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    return jax.tree.map(partial(jnp.where, condition), yes, no)

@@ -5,12 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf.model.narrow import Narrow
-
-_MASKED = -2.3819763e38  # finite, so that a row without any visible key (padding) gives numbers and not NaN
 
 
 def rms_norm(x: Float[Array, "... width"], weight: Float[Array, "width"], eps: float) -> Float[Array, "... width"]:
@@ -67,72 +64,6 @@ def attention_mask(
         is_due |= (query_images[:, :, None] == key_images[:, None, :]) & (key_images > 0)[:, None, :]
     visible = same & (key_segments[:, None, :] > 0) & is_due
     return visible if window is None else visible & (distance < window)
-
-
-def attend(
-    queries: Float[Array, "batch queries heads head_width"],
-    keys: Float[Array, "batch keys kv_heads head_width"],
-    values: Float[Array, "batch keys kv_heads head_width"],
-    is_visible: Bool[Array, "batch queries keys"],
-) -> Float[Array, "batch queries heads head_width"]:
-    """Grouped-query attention with a float32 softmax; the queries are already scaled."""
-    batch, n_queries, heads, head_width = queries.shape
-    kv_heads = keys.shape[2]
-    group = heads // kv_heads
-    # queries and group as one axis: every product, forward and backward, is one of plain matrices
-    grouped = queries.reshape(batch, n_queries, kv_heads, group, head_width).swapaxes(1, 2)
-    grouped = grouped.reshape(batch, kv_heads, n_queries * group, head_width)
-    is_visible = jnp.repeat(is_visible, group, axis=1)[:, None]
-    mixed = _mix(grouped, keys.swapaxes(1, 2), values.swapaxes(1, 2), is_visible)
-    mixed = mixed.reshape(batch, kv_heads, n_queries, group, head_width).swapaxes(1, 2)
-    return mixed.reshape(batch, n_queries, heads, head_width)
-
-
-def _scores(queries: Array, keys: Array, is_visible: Array) -> Float[Array, "batch kv_heads queries keys"]:
-    scores = jnp.einsum("bkqh,bkth->bkqt", queries, keys, preferred_element_type=jnp.float32)
-    return jnp.where(is_visible, scores, _MASKED)
-
-
-@jax.custom_vjp
-def _mix(
-    queries: Float[Array, "batch kv_heads queries head_width"],
-    keys: Float[Array, "batch kv_heads keys head_width"],
-    values: Float[Array, "batch kv_heads keys head_width"],
-    is_visible: Bool[Array, "batch one queries keys"],
-) -> Float[Array, "batch kv_heads queries head_width"]:
-    return _mix_forward(queries, keys, values, is_visible)[0]
-
-
-def _mix_forward(queries: Array, keys: Array, values: Array, is_visible: Array) -> tuple[Array, tuple]:
-    scores = _scores(queries, keys, is_visible)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    powers = jnp.exp(scores - highest)
-    total = jnp.sum(powers, axis=-1, keepdims=True)
-    mixed = jnp.einsum("bkqt,bkth->bkqh", (powers / total).astype(values.dtype), values)
-    mixed, log_total = (checkpoint_name(x, "mixed") for x in (mixed, highest + jnp.log(total)))
-    return mixed, (queries, keys, values, is_visible, mixed, log_total)
-
-
-def _mix_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    """The shares are computed again from the logarithm of their sum, so that queries × keys is not kept.
-
-    The sum over a row of shares · gradient, which the softmax's gradient needs, is that of result · gradient
-    (Dao et al., 2022, FlashAttention, appendix B.2).
-    """
-    queries, keys, values, is_visible, mixed, log_total = saved
-    shares = jnp.exp(_scores(queries, keys, is_visible) - log_total)
-    d_values = jnp.einsum("bkqt,bkqh->bkth", shares.astype(values.dtype), gradient)
-    d_shares = jnp.einsum("bkqh,bkth->bkqt", gradient, values, preferred_element_type=jnp.float32)
-    products = gradient.astype(jnp.float32) * mixed
-    # reduce_precision to float32 changes nothing, but XLA on CPU doesn't fuse it: fused, the sum takes 4 times as long
-    total = jnp.sum(jax.lax.reduce_precision(products, 8, 23), axis=-1, keepdims=True)
-    d_scores = (shares * (d_shares - jax.lax.reduce_precision(total, 8, 23))).astype(values.dtype)
-    d_queries = jnp.einsum("bkqt,bkth->bkqh", d_scores, keys)
-    d_keys = jnp.einsum("bkqt,bkqh->bkth", d_scores, queries)
-    return d_queries, d_keys, d_values, None
-
-
-_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def project(

@@ -5,11 +5,13 @@ compiled step; the state it builds has the same structure for every learning rat
 """
 
 from abc import abstractmethod
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf.config import Number, config, require_range
 
@@ -19,6 +21,11 @@ class Optimizer:
 
     @abstractmethod
     def transform(self, learning_rate: Number) -> optax.GradientTransformation: ...
+
+    def step(self, gradient: Any, state: Any, params: Any, is_finite: Bool[Array, ""]) -> tuple[Any, Any]:
+        """(changes for a learning rate of 1, new state); the state as it was where the gradient is not finite."""
+        changes, new = self.transform(1.0).update(gradient, state, params)
+        return changes, jax.tree.map(partial(jnp.where, is_finite), new, state)
 
 
 def decays(params) -> object:
@@ -48,6 +55,21 @@ class AdamW(Optimizer):
 
     def transform(self, learning_rate: Number) -> optax.GradientTransformation:
         return optax.adamw(learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decays)
+
+    def step(self, gradient, state, params, is_finite):
+        """The changes come from the moments that are kept: from others, before the choice, XLA would have to copy
+        both moments of all parameters, since it could not update them in place."""
+        first, rest = state[0], state[1:]
+        keep = partial(jax.tree.map, partial(jnp.where, is_finite))
+        count = keep(optax.safe_increment(first.count), first.count)
+        mu = keep(optax.tree.update_moment(gradient, first.mu, self.b1, 1), first.mu)
+        nu = keep(optax.tree.update_moment_per_elem_norm(gradient, first.nu, self.b2, 2), first.nu)
+        n = jnp.maximum(count, 1)
+        mean, square = optax.tree.bias_correction(mu, self.b1, n), optax.tree.bias_correction(nu, self.b2, n)
+        scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + self.eps), mean, square)
+        last = optax.chain(optax.add_decayed_weights(self.weight_decay, mask=decays), optax.scale_by_learning_rate(1.0))
+        changes, rest = last.update(scaled, rest, params)
+        return changes, (first._replace(count=count, mu=mu, nu=nu), *rest)
 
 
 @config

@@ -10,9 +10,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _LARGEST = 2**31 - 1
 
 
-def prepare_processor() -> None:
-    """Call before the first array is made; experiments/speed has what each part brings."""
-    _keep_memory()
+def prepare_processor(keep_memory: bool = True) -> None:
+    """Call before the first array is made; experiments/speed has what each part brings.
+
+    keep_memory: steps are faster, but what a program worked in may be there twice: a freed block of which a small one
+    took a piece is too small for the next step.
+    """
+    if keep_memory:
+        _keep_memory()
     _optimise_little()
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf.model.sharding import place_rows
+from rlhf.model.sharding import mesh_of, place_rows, put, shardings
 from rlhf.train.guard import TraceCounter
 
 Tree = Any
@@ -19,16 +19,19 @@ Tree = Any
 def initial_state(trainable: Tree, algorithm: Any) -> dict[str, Tree]:
     """What an update changes: `params` (trained components), `optimizer`, and counts of updates done and skipped."""
     on_one_device = len(jax.tree.leaves(trainable)[0].sharding.device_set) == 1
-    init = _compiled_init if on_one_device else _init  # one program, but it would lose how arrays are split
+    init = _compiled_init if on_one_device else initial_optimizer  # one program, but it would lose how arrays are split
     optimizer = init(algorithm, trainable)
-    return {"params": trainable, "optimizer": optimizer, "n_updates": jnp.int32(0), "n_skipped": jnp.int32(0)}
+    state = {"params": trainable, "optimizer": optimizer, "n_updates": jnp.int32(0), "n_skipped": jnp.int32(0)}
+    mesh = mesh_of(trainable)
+    return state if mesh is None else jax.tree.map(put, state, shardings(state, mesh))
 
 
-def _init(algorithm: Any, trainable: Tree) -> Tree:
+def initial_optimizer(algorithm: Any, trainable: Tree) -> Tree:
+    """The optimizer's state before the first update."""
     return algorithm.optimizer.transform(1.0).init(trainable)
 
 
-_compiled_init = jax.jit(_init)
+_compiled_init = jax.jit(initial_optimizer)
 
 
 def _microbatches(batch: Tree, size: int) -> tuple[Tree, Tree]:
@@ -76,12 +79,12 @@ def _scaled(tree: Tree, by: Any) -> Tree:
 
 
 def eager_update(
-    state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any
+    state: Tree, frozen: Tree, batch: Tree, algorithm: Any, n_updates: Any, *, model: Any, mesh: Any = None
 ) -> tuple[Tree, Tree]:
     """One optimizer step of `n_updates` in all; returns the new state and the step's metrics.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and counts as skipped;
-    the loop decides whether the run goes on.
+    the loop decides whether the run goes on. mesh: on which the state is; the new one is split over it in the same way.
     """
     metrics, gradient = loss_and_gradient(state["params"], frozen, batch, algorithm, model)
     norms = {}
@@ -92,17 +95,18 @@ def eager_update(
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(jnp.stack(list(norms.values()))).all()
 
     rates = algorithm.learning_rates(tuple(gradient), state["n_updates"], n_updates)
-    transform = algorithm.optimizer.transform(1.0)  # every one of them is linear in its learning rate
-    changes, optimizer = transform.update(gradient, state["optimizer"], state["params"])
+    # every optimizer is linear in its learning rate
+    changes, optimizer = algorithm.optimizer.step(gradient, state["optimizer"], state["params"], is_finite)
     changes = {
         name: jax.tree.map(lambda x, by=rates[name]: (x * by).astype(x.dtype), changes[name]) for name in changes
     }
     params = optax.apply_updates(state["params"], changes)
 
-    old, new = (state["params"], state["optimizer"]), (params, optimizer)
-    params, optimizer = jax.tree.map(lambda before, after: jnp.where(is_finite, after, before), old, new)
+    params = jax.tree.map(lambda before, after: jnp.where(is_finite, after, before), state["params"], params)
     skipped = state["n_skipped"] + jnp.where(is_finite, 0, 1)
     after = {"params": params, "optimizer": optimizer, "n_updates": state["n_updates"] + 1, "n_skipped": skipped}
+    if mesh is not None:  # else the compiler may choose, and the next step would be another program
+        after = jax.lax.with_sharding_constraint(after, shardings(after, mesh))
     first, *others = norms
     metrics |= {"grad_norm": norms[first], "learning_rate": rates[first], "n_skipped": skipped}
     for name in others:
@@ -111,7 +115,7 @@ def eager_update(
 
 
 _counted = TraceCounter(eager_update, "the training step")  # says in the log why it is compiled again
-update = jax.jit(_counted, static_argnames=("model",), donate_argnames=("state",))
+update = jax.jit(_counted, static_argnames=("model", "mesh"), donate_argnames=("state",))
 
 
 def eager_measure(params: Tree, batch: Tree, algorithm: Any, *, model: Any) -> Tree:
