@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from rlhf import processes
 from rlhf.errors import ConfigError, UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,14 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
     alone = {name: [w.partition(".")[2] for w in given if re.match(rf"\++{name}\.", w)] for name in stages}
     given = [word for word in given if not re.match(rf"\++({'|'.join(stages)})\.", word)]
     configs: dict[str, tuple[DictConfig, list[str]]] = {}
+    asked: dict[str, list[str]] = {}  # without folders, so that a pipeline can be moved
     for name, words in stages.items():  # all are composed before the first runs: a typo in the last fails now
-        words = [*_combined(name, words, given), *alone[name]]
-        configs[name] = _compose(name, _located(name, words, folder, configs))
+        asked[name] = [*_combined(name, words, given), *alone[name]]
+        configs[name] = _compose(name, _located(name, asked[name], folder, configs))
     results = {}
     for number, (name, (stage_cfg, words)) in enumerate(configs.items(), 1):
         label = f"{number}/{len(stages)} {name}"
-        results[name] = _stage(label, stage_cfg, words, folder / name, cfg.resume is not None)
+        results[name] = _stage(label, stage_cfg, words, asked[name], folder / name, cfg.resume is not None)
     _report(results, plan.get("report"), folder)
     return {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
 
@@ -139,7 +141,10 @@ def _compose(name: str, words: list[str]) -> tuple[DictConfig, list[str]]:
     return cfg, words
 
 
-def _stage(label: str, cfg: DictConfig, words: list[str], folder: Path, resume: bool) -> dict[str, Any]:
+def _stage(
+    label: str, cfg: DictConfig, words: list[str], asked: list[str], folder: Path, resume: bool
+) -> dict[str, Any]:
+    """Run a stage with the overrides `words`; asked: the same with other stages by their names."""
     from rlhf import tasks
 
     done = folder / _DONE
@@ -147,17 +152,20 @@ def _stage(label: str, cfg: DictConfig, words: list[str], folder: Path, resume: 
         stored = json.loads(done.read_text())
         if not resume:
             raise ConfigError(f"{folder} holds a finished stage; resume=auto skips it, or choose another folder")
-        if stored["overrides"] != words:
+        if stored["overrides"] not in (asked, words):
             raise ConfigError(
-                f"{folder} was made with {stored['overrides']}, now it would be {words}; choose another folder"
+                f"{folder} was made with {stored['overrides']}, now it would be {asked}; choose another folder"
             )
         log.info("stage %s: finished before, skipped", label)
         return stored["result"]
     log.info("stage %s: %s", label, " ".join(words))
-    _store(folder / ".hydra", cfg, words)
+    if processes.is_first():
+        _store(folder / ".hydra", cfg, words)
     if resume:
         cfg.resume = "auto"
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler: logging.Handler = logging.NullHandler()
+    if processes.is_first():
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.getLogger().addHandler(handler)
     try:
@@ -173,7 +181,8 @@ def _stage(label: str, cfg: DictConfig, words: list[str], folder: Path, resume: 
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-    done.write_text(json.dumps({"overrides": words, "result": result}))
+    if processes.is_first():
+        done.write_text(json.dumps({"overrides": asked, "result": result}))
     return result
 
 

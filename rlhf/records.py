@@ -1,6 +1,7 @@
 """What a run says about itself: its stored config, the differences that forbid going on, and the opening summary."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf import processes
 from rlhf.errors import ConfigError
 from rlhf.model.quantised import n_parameters
 
@@ -16,8 +18,11 @@ CONFIG_FILE = "config.json"
 # settings that a run may change when it goes on: how it is watched and where it runs, not what it computes
 _FREE = (
     "name", "resume", "task", "pipeline", "evaluation", "hardware.compilation_cache", "hardware.platform",
+    "hardware.visible_devices", "hardware.memory_fraction", "hardware.processes", "hardware.forbid_recompile",
+    "hardware.memory_gb",
     "trainer.log_every", "trainer.eval_every", "trainer.eval_rows", "trainer.checkpoint_every", "trainer.max_to_keep",
     "trainer.allow_older_checkpoint", "trainer.samples_every", "trainer.n_samples", "trainer.on_nonfinite",
+    "trainer.best_metric", "trainer.best_is",
     "model.download_timeout",
 )  # fmt: skip
 
@@ -28,6 +33,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def store_config(folder: Path, cfg: DictConfig) -> None:
+    if not processes.is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{CONFIG_FILE}.partial"
     partial.write_text(json.dumps(resolved(cfg), indent=1), encoding="utf-8")
@@ -36,6 +43,8 @@ def store_config(folder: Path, cfg: DictConfig) -> None:
 
 def keep(path: Path, copy: Path) -> None:
     """Copy a file that the run needs again into its folder, unless it is there."""
+    if not processes.is_first():
+        return
     if not copy.is_file() or copy.read_bytes() != path.read_bytes():
         partial = copy.with_name(f"{copy.name}.partial")
         shutil.copyfile(path, partial)
@@ -55,9 +64,19 @@ def require_same_run(stored: dict[str, Any], now: dict[str, Any], folder: Path) 
     """
     before, after = flatten(stored), flatten(now)
     changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and not _is_free(k)]
+    changed = [k for k in changed if not _moved_along(before.get(k), after.get(k), folder)]
     if changed:
         lines = [f"  {k}: {before.get(k, '(not set)')} in the run, {after.get(k, '(not set)')} now" for k in changed]
         raise ConfigError("\n".join([f"{folder} can't go on with other settings:", *lines]))
+
+
+def _moved_along(before: Any, after: Any, folder: Path) -> bool:
+    """Whether a setting names a folder that lay beside the run's and was moved with it, as a pipeline's stages are."""
+    if not (isinstance(before, str) and isinstance(after, str) and os.path.isabs(before) and os.path.isabs(after)):
+        return False
+    old, new = Path(before), Path(after)
+    is_beside = new.name == old.name and new.parent.resolve() == folder.parent.resolve()
+    return is_beside and not (old.parent / folder.name).exists()
 
 
 def _is_free(key: str) -> bool:

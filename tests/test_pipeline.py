@@ -136,15 +136,16 @@ def test_resume_skips_what_is_finished_and_goes_on_with_what_is_not(command, wor
     assert refused.code == 1
     assert "holds a finished stage; resume=auto skips it" in refused.output
 
-    first_stage = (tmp_path / "run" / "sft" / "log.txt").read_bytes()
-    done = command(*words, every, "resume=auto")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")  # stages find each other by their names
+    first_stage = (moved / "sft" / "log.txt").read_bytes()
+    done = command(*words, every, "resume=auto", "hydra.run.dir=moved")
     assert done.code == 0, done.output
     assert "stage 1/2 sft: finished before, skipped" in done.output
-    assert "going on after step 2" in (tmp_path / "run" / "dpo" / "log.txt").read_text()
-    assert (tmp_path / "run" / "sft" / "log.txt").read_bytes() == first_stage
+    assert "going on after step 2" in (moved / "dpo" / "log.txt").read_text()
+    assert (moved / "sft" / "log.txt").read_bytes() == first_stage
     for stage in ("sft", "dpo"):
-        assert metrics(tmp_path / "run" / stage) == metrics(tmp_path / "whole" / stage)
-    assert_same_parameters(tmp_path / "run" / "dpo", tmp_path / "whole" / "dpo")
+        assert metrics(moved / stage) == metrics(tmp_path / "whole" / stage)
+    assert_same_parameters(moved / "dpo", tmp_path / "whole" / "dpo")
 
 
 def test_a_stopped_pipeline_says_how_to_go_on(command, words, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ which would have to be made plain as a whole for every batch, so that the peak o
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -54,10 +55,27 @@ def quantise(name: str, weight: Array, kind: Kind) -> Any:
     """A stacked array of the layers as codes and scales, a layer at a time; other arrays stay as they are."""
     if name not in _INPUTS:
         return weight
-    return _compiled_quantise(name, kind)(weight)
+    one = _quantise_one(name, kind)
+    is_here = isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer)
+    if is_here and weight.devices() == {jax.devices("cpu")[0]} and jax.default_backend() == "cpu":
+        return _in_place(one, np.asarray(weight))
+    return jax.jit(lambda layers: jax.lax.map(one, layers))(weight)
 
 
-def _compiled_quantise(name: str, kind: Kind) -> Any:
+def _in_place(one: Callable, layers: np.ndarray) -> Any:
+    """Codes of all layers, on a CPU: compiled over the whole array, XLA would first copy it, bfloat16 into float32."""
+    shapes = jax.eval_shape(one, jax.ShapeDtypeStruct(layers.shape[1:], layers.dtype))
+    codes = jax.tree.map(lambda x: jnp.zeros((len(layers), *x.shape), x.dtype), shapes)
+    write = jax.jit(
+        lambda codes, layer, at: jax.tree.map(lambda whole, x: whole.at[at].set(x), codes, one(layer)), donate_argnums=0
+    )
+    for at, layer in enumerate(layers):
+        codes = write(codes, layer, np.int32(at))
+    return codes
+
+
+def _quantise_one(name: str, kind: Kind) -> Callable:
+    """What makes codes of a layer's matrix."""
     import qwix
 
     tiled = _INPUTS[name][-1]
@@ -73,7 +91,17 @@ def _compiled_quantise(name: str, kind: Kind) -> Any:
             found = qwix.quantize(layer, "nf4", channelwise_axes=channels, tiled_axes=tiles, scale_dtype=jnp.bfloat16)
         return jax.tree.map(lambda x: x[0], found)
 
-    return jax.jit(lambda weight: jax.lax.map(one, weight))
+    return one
+
+
+def quantiser(kind: Kind) -> Callable[[tuple[str, ...], Array], Any]:
+    """What makes codes of the layers' matrices while parameters are read (`finish` of a source), a leaf at a time, so
+    that the plain base is never there as a whole."""
+
+    def finish(path: tuple[str, ...], leaf: Array) -> Any:
+        return quantise(path[-1], leaf, kind) if path[:2] == ("model", "layers") else leaf
+
+    return finish
 
 
 def quantise_base(model: Tree, kind: Kind) -> Tree:

@@ -10,7 +10,9 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rlhf.errors import ConfigError
 from rlhf.model.lora import PROJECTIONS
@@ -110,7 +112,41 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
             log.warning(
                 "%s %s can't be split over %s", jax.tree_util.keystr(path), x.shape, ", ".join(map(str, missed))
             )
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def put(x: Any, where: Sharding) -> jax.Array:
+    """An array, the same in every process, on its devices; each process puts the parts that are its own."""
+    if where.is_fully_addressable or not is_whole(x):
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def is_whole(x: Any) -> bool:
+    """Whether this process has all of an array; not so where it lies on devices of several processes."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def whole(tree: Any) -> Any:
+    """The same arrays, all of each in every process; those of one process as they are. All processes call it."""
+
+    def of(x):
+        if is_whole(x):
+            return x
+        if not x.is_fully_replicated:
+            from jax.experimental import multihost_utils
+
+            return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return jnp.asarray(np.asarray(x.addressable_data(0)))
+
+    return jax.tree.map(of, tree)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's arrays are spread over; None where they are on one device."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None  # type: ignore[return-value]
 
 
 def place_rows(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
@@ -124,4 +160,4 @@ def place_rows(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
         is_split = x.ndim and x.shape[0] % n_parts == 0
         return NamedSharding(mesh, PartitionSpec(("data", "fsdp")) if is_split else PartitionSpec())
 
-    return {name: jax.device_put(x, of(x)) for name, x in batch.items()}
+    return {name: put(x, of(x)) for name, x in batch.items()}

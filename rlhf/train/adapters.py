@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf.errors import CheckpointError
+from rlhf.model.checkpoints.stream import Finish, as_read, finish_all
 from rlhf.model.gemma3 import Architecture
+from rlhf.model.head import abstract_head
 from rlhf.model.lora import LoRA, abstract_adapter, draw_adapter, merged
 from rlhf.model.peft import WEIGHTS, read_peft
-from rlhf.model.quantised import Kind, quantise_base
+from rlhf.model.quantised import Kind, quantiser
 from rlhf.model.sharding import place
-from rlhf.train.checkpoint import is_run, load_parameters, parameters_digest, read_record
+from rlhf.train.checkpoint import components, is_run, load_parameters, moved_along, parameters_digest, read_record
 from rlhf.train.drawn import Drawn
 from rlhf.train.durable import sha256
 
@@ -53,6 +55,20 @@ def lora_of(record: dict[str, Any]) -> LoRA | None:
     found = record["config"]["model"].get("lora") or {}
     settings = {name: value for name, value in found.items() if name != "_target_"}
     return LoRA(**settings) if settings.get("rank") is not None else None
+
+
+def load_head(path: Path, architecture: Architecture, mesh: Mesh | None) -> Tree:
+    """The component `head` of a run that trained a reward model; nothing of another run.
+
+    What else a run trained beside its policy, such as a critic, is of use to itself alone, and the log says so.
+    """
+    there = set(components(path))
+    if others := there - {"model", "vision", "adapter", "head"}:
+        log.info("%s of %s: not read", ", ".join(sorted(others)), path)
+    if "head" not in there:
+        return {}
+    tree, _ = load_parameters(path, target={"head": abstract_head(architecture.width)})
+    return place(tree, mesh)
 
 
 class PeftFolder:
@@ -96,7 +112,7 @@ class AdapterRun:
         begun, adapter = self.record["started_from"], self.record["config"]["model"].get("adapter")
         hint = f"model.checkpoint=BASE model.adapter={self.path} takes the base from another place"
         try:
-            source = Drawn(self.record["seed"]) if begun is None else self._locate(begun)
+            source = Drawn(self.record["seed"]) if begun is None else self._locate(moved_along(begun, self.path))
             base = begin(source, self.lora, None, adapter, architecture, self._locate).base
         except CheckpointError as error:
             raise CheckpointError(f"the base of {self.path}: {error}; {hint}") from error
@@ -114,8 +130,9 @@ class AdapterRun:
     def stored_dtype(self) -> str:
         return self.record["config"]["hardware"]["param_dtype"]
 
-    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
-        return Merged(self.base(architecture), self).load(architecture, dtype, mesh)
+    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read) -> Tree:
+        merged_base = Merged(self.base(architecture), self).load(architecture, dtype, mesh, finish)
+        return merged_base | load_head(self.path, architecture, mesh)
 
     def load_adapter(self, architecture: Architecture, mesh: Mesh | None) -> Tree:
         tree, record = load_parameters(self.path, target={"adapter": abstract_adapter(architecture, self.lora)})
@@ -151,15 +168,17 @@ class Merged:
     def stored_dtype(self) -> str:
         return self.source.stored_dtype()
 
-    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
-        components = self.source.load(architecture, self.adapter.param_dtype or dtype, mesh)
-        model = components.pop("model")
-        if self.adapter.quantisation is not None:
-            model = quantise_base(model, self.adapter.quantisation)
+    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read) -> Tree:
+        kind = self.adapter.quantisation
+        as_trained = as_read if kind is None else quantiser(kind)
+        parts = self.source.load(architecture, self.adapter.param_dtype or dtype, mesh, as_trained)
+        parts.pop("head", None)  # of the base alone
+        model = parts.pop("model")
         change = self.adapter.load_adapter(architecture, mesh)
         log.info("the adapter of %s is merged into its base", self.adapter.label)
-        others = jax.tree.map(lambda x: x.astype(dtype), components)
-        return place({"model": merged(model, change, self.adapter.lora.scale, dtype), **others}, mesh)
+        others = jax.tree.map(lambda x: x.astype(dtype), parts)
+        tree = place({"model": merged(model, change, self.adapter.lora.scale, dtype), **others}, mesh)
+        return finish_all(tree, finish)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +203,10 @@ class Beginning:
 
     def load_base(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
         """The components of the base."""
-        base = self.base.load(architecture, dtype, mesh)
         if self.quantisation is None:
-            return base
+            return self.base.load(architecture, dtype, mesh)
         log.info("base: matrices of the layers in %s", self.quantisation)
-        return place({**base, "model": quantise_base(base["model"], self.quantisation)}, mesh)
+        return place(self.base.load(architecture, dtype, mesh, quantiser(self.quantisation)), mesh)
 
     def adapter_components(self, architecture: Architecture, seed: int, mesh: Mesh | None) -> Tree:
         """The adapter that is trained (the one to go on with, or a new one) and its numbers; nothing without one."""
@@ -202,7 +220,8 @@ class Beginning:
         else:
             adapter = self.adapter.load_adapter(architecture, mesh)
         dropout = {"adapter_dropout": jnp.float32(lora.dropout)} if lora.dropout else {}
-        return {"adapter": adapter, "adapter_scale": jnp.float32(lora.scale), **dropout}
+        head = load_head(self.adapter.path, architecture, mesh) if isinstance(self.adapter, AdapterRun) else {}
+        return {"adapter": adapter, "adapter_scale": jnp.float32(lora.scale), **dropout, **head}
 
     def require_same_base(self, run: Path) -> None:
         """Refuse to go on with a run, if it has a checkpoint, whose adapter was trained on other parameters.

@@ -3,7 +3,8 @@
 A folder named `step_<n>` is complete: it was written as `step_<n>.partial`, flushed to the disk, and renamed. An array
 has its own SHA-256, taken from memory before it is written and compared after it is read, because the array store does
 not notice a flipped bit; each file has one too, so that a damaged file is named before anything is loaded.
-One process, any number of devices.
+Of several processes the first writes: it gathers the arrays, so the files are those of a run in one process, and a run
+goes on with any number of processes. All read, so the folder must be on a disk that all of them see.
 """
 
 import contextlib
@@ -11,11 +12,13 @@ import hashlib
 import logging
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf import processes
 from rlhf.config import require_range
 from rlhf.errors import CheckpointError
 from rlhf.train import durable, leaves, manifest, store
@@ -54,6 +57,9 @@ class Checkpoints:
             CheckpointError: the record has no JSON form (nothing is written), or the disk refuses.
         """
         record = manifest.record_as_json(record, step)
+        if not processes.is_first():
+            store.take_part(tree)
+            return self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         durable.flush_folder(self.folder.parent)
         self._tidy()
@@ -119,6 +125,8 @@ class Checkpoints:
         raise AssertionError("a checkpoint without an older one raises")
 
     def _set_aside(self, path: Path) -> None:
+        if not processes.is_first():
+            return
         aside = path.with_suffix(".damaged")
         if aside.exists():
             durable.remove_folder(aside)
@@ -148,13 +156,19 @@ class Checkpoints:
         return manifest.read(newest)
 
 
-def load_parameters(path: Path, key: str = "params", target: Tree = None) -> tuple[Tree, dict[str, Any]]:
+def load_parameters(
+    path: Path,
+    key: str = "params",
+    target: Tree = None,
+    finish: Callable[[leaves.Path, Any], Any] = lambda path, leaf: leaf,
+) -> tuple[Tree, dict[str, Any]]:
     """The parameters in a run's newest checkpoint, or in one checkpoint folder, and its record.
 
     Only the arrays under `key` are read; their checksums are verified.
 
     path: a run's folder, its `checkpoints` folder, or one `step_<n>` folder.
     target: where to put them, as in `Checkpoints.restore`; numpy arrays in dicts and lists if not given.
+    finish: what each array becomes as soon as it is there, given its path (`key` first).
 
     Raises:
         CheckpointError: there is no checkpoint, nothing under `key`, damage, or another structure than `target`.
@@ -165,7 +179,7 @@ def load_parameters(path: Path, key: str = "params", target: Tree = None) -> tup
             content = manifest.read(folder)
             hosted = {name: _on_host(entry) for name, entry in content.entries.items()}
             target = _part(content, key, hosted)
-        tree, content = store.read(folder, {key: target}, only=key)
+        tree, content = store.read(folder, {key: target}, only=key, finish=finish)
     except DamagedCheckpoint as error:
         older = [step for step in _steps(folder.parent) if f"step_{step}" != folder.name]
         hint = f"; model.checkpoint={folder.parent / f'step_{older[-1]}'} is another of this run" if older else ""
@@ -189,7 +203,14 @@ def is_run(path: Path) -> bool:
 def run_folder(path: Path) -> Path:
     """The folder of the run that a checkpoint folder is in; of a run's folder, itself."""
     path = path.parent if _STEP.fullmatch(path.name) else path
-    return path.parent if path.name == "checkpoints" else path
+    return path.parent if path.name in ("checkpoints", "best") else path
+
+
+def moved_along(text: str, run: Path) -> str:
+    """Where a run started from, as it recorded it; or the folder of that name beside the run, where the recorded path
+    is gone: they were moved together."""
+    path, beside = Path(text), run_folder(run).parent / Path(text).name
+    return str(beside) if path.is_absolute() and not path.exists() and beside.exists() else text
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf.model.checkpoints.stream import Finish, as_read, finish_all
 from rlhf.model.gemma3 import Architecture, Gemma3
 from rlhf.model.sharding import place
 
@@ -29,7 +30,10 @@ class Drawn:
     def stored_dtype(self) -> str:
         return "float32"
 
-    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> dict[str, Any]:
+    def load(
+        self, architecture: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read
+    ) -> dict[str, Any]:
         log.info("parameters: %s", self.label)
         drawn = Gemma3(architecture).initialise_components(self.seed, dtype)
-        return jax.device_put(drawn, may_alias=False) if mesh is None else place(drawn, mesh)
+        tree = jax.device_put(drawn, may_alias=False) if mesh is None else place(drawn, mesh)
+        return finish_all(tree, finish)

@@ -29,6 +29,27 @@ class Mesh:
 
 
 @config
+class Processes:
+    """Several processes, on one or several machines, as one run (docs/hardware.md).
+
+    count: processes. number: of this one, from 0. coordinator: host:port of process 0. timeout_seconds: after which one
+    that does not come, or gives no sign of life, counts as gone.
+    """
+
+    count: int
+    number: int | None = None
+    coordinator: str | None = None
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self):
+        require_range(self, "count", at_least=1)
+        require_range(self, "number", at_least=0, at_most=self.count - 1)
+        require_range(self, "timeout_seconds", at_least=3)
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise ConfigError(f"coordinator={self.coordinator!r} of Processes must be HOST:PORT")
+
+
+@config
 class Hardware:
     """See conf/hardware for the meaning of each key."""
 
@@ -39,6 +60,11 @@ class Hardware:
     remat: Literal["none", "block"] = "none"
     scan_layers: bool = True
     compilation_cache: str | None = None
+    visible_devices: tuple[int, ...] | None = None
+    memory_fraction: float | None = None
+    memory_gb: float | None = None
+    processes: Processes | None = None
+    forbid_recompile: bool = False
 
     def __post_init__(self):
         for name in ("param_dtype", "compute_dtype"):
@@ -47,6 +73,16 @@ class Hardware:
                     f"{name}=float16: Gemma 3's activations reach hundreds of thousands and overflow float16 "
                     "(largest number 65,504); use bfloat16 or float32"
                 )
+        require_range(self, "memory_fraction", above=0, at_most=1)
+        require_range(self, "memory_gb", above=0)
+        if self.visible_devices is not None and (
+            not self.visible_devices
+            or min(self.visible_devices) < 0
+            or len(set(self.visible_devices)) < len(self.visible_devices)
+        ):
+            raise ConfigError(
+                f"visible_devices={list(self.visible_devices)} must be numbers of devices, each once; null for all"
+            )
 
     @property
     def n_row_shards(self) -> int:
@@ -59,17 +95,59 @@ class Hardware:
         Raises:
             ConfigError: no such platform here, or fewer devices than the mesh needs.
         """
-        if self.compilation_cache is not None:
-            folder = Path(os.path.expanduser(self.compilation_cache))
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        self._keep_programs()
+        self._choose_devices()
         if _runs_on_cpu(self.platform):
-            prepare_processor()
+            prepare_processor(keep_memory=self.remat == "none")
         if self.platform is not None:
             self._require_platform(self.platform)
+        if self.processes is not None:
+            self._require_all_devices()
         return make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.tensor)
+
+    def _require_all_devices(self) -> None:
+        """A process without a part of the mesh would have nothing to do."""
+        wanted, n_there = self.mesh.data * self.mesh.fsdp * self.mesh.tensor, len(jax.devices())
+        if wanted != n_there:
+            raise ConfigError(
+                f"hardware.mesh=({self.mesh.data} data × {self.mesh.fsdp} fsdp × {self.mesh.tensor} tensor) needs "
+                f"{wanted} devices; the {jax.process_count()} processes have {n_there}, and all must be used"
+            )
+
+    def _keep_programs(self) -> None:
+        """Compiled programs outlive the process, in a folder."""
+        if self.compilation_cache is None:
+            jax.config.update("jax_compilation_cache_dir", None)
+            return
+        folder = Path(os.path.expanduser(self.compilation_cache))
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+    def _choose_devices(self) -> None:
+        """Which devices JAX will see and how much of their memory it takes: read when it starts them, and only then."""
+        global _chosen
+        wanted = (self.visible_devices, self.memory_fraction)
+        if _chosen is not None and _chosen != wanted:
+            raise ConfigError(
+                f"hardware.visible_devices and memory_fraction are {wanted} here, but this process began with "
+                f"{_chosen}: JAX reads them once, so runs that differ in them can't be jobs of one sweep"
+            )
+        _chosen = wanted
+        if self.memory_fraction is not None:
+            os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # its old name: JAX refuses to be given both
+            os.environ["XLA_CLIENT_MEM_FRACTION"] = str(self.memory_fraction)
+        if self.visible_devices is None:
+            return
+        numbers = ",".join(map(str, self.visible_devices))
+        if _runs_on_cpu(self.platform):
+            raise ConfigError(
+                f"hardware.visible_devices=[{numbers}]: a CPU has no devices to choose from; "
+                "XLA_FLAGS=--xla_force_host_platform_device_count=N simulates several"
+            )
+        jax.config.update("jax_cuda_visible_devices", numbers)
+        os.environ["TPU_VISIBLE_CHIPS"] = numbers
 
     def _require_platform(self, platform: str) -> None:
         if platform == "cpu":
@@ -80,6 +158,9 @@ class Hardware:
                 f"hardware.platform={platform}, but JAX runs on {found} here; install the extra for it "
                 f"(pip install 'rlhf[{'cuda' if platform == 'gpu' else platform}]') or choose hardware=cpu"
             )
+
+
+_chosen: tuple | None = None  # what this process began with
 
 
 def _runs_on_cpu(platform: str | None) -> bool:

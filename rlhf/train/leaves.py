@@ -5,7 +5,9 @@ configs needs only its leaves on the disk; the structure comes from the tree it 
 """
 
 import dataclasses
+import functools
 import hashlib
+import math
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from rlhf.model.sharding import is_whole, put, whole
+
 Tree = Any
 Path = tuple[str | int, ...]
 
@@ -21,6 +25,7 @@ Path = tuple[str | int, ...]
 _PLAIN = {"bool", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
+_PIECE_BYTES = 64 * 2**20  # that every device gets at once, of an array that is gathered from several processes
 _LONGEST = 200  # characters of a folder's name; file systems allow 255
 
 
@@ -128,6 +133,11 @@ def _with_lists(node: Tree) -> Tree:
     return children
 
 
+def n_bytes(entry: Entry) -> int:
+    """Bytes of the array of an entry, where that is more than a few."""
+    return 0 if entry.key_impl else math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
+
+
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed random keys."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -141,6 +151,8 @@ def stored_form(leaf: Any) -> jax.Array | np.ndarray:
     """The array that is written for a leaf: key data for random keys, bytes for dtypes the store does not know."""
     if is_key(leaf):
         leaf = jax.random.key_data(leaf)
+    if not is_whole(leaf):
+        leaf = _gathered(leaf)
     if dtype_name(leaf) not in _PLAIN:
         array = np.asarray(leaf)
         return array.view(np.dtype(f"uint{8 * array.dtype.itemsize}"))
@@ -149,6 +161,24 @@ def stored_form(leaf: Any) -> jax.Array | np.ndarray:
     if leaf.is_fully_replicated:  # one copy is enough, and the store need not cut it into pieces
         return leaf.addressable_shards[0].data
     return leaf
+
+
+def _gathered(array: jax.Array) -> np.ndarray:
+    """An array that lies on devices of several processes, in the memory of each, a piece at a time. All call it."""
+    if array.ndim == 0 or array.is_fully_replicated:
+        return np.asarray(whole(array))
+    gathered = np.empty(array.shape, array.dtype)
+    n_rows = array.shape[0]
+    step = max(1, min(n_rows, _PIECE_BYTES * n_rows // max(array.nbytes, 1)))
+    for start in range(0, n_rows, step):
+        start = min(start, n_rows - step)  # the last piece has the size of the others
+        gathered[start : start + step] = whole(_piece(array, np.int32(start), step))
+    return gathered
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _piece(array: jax.Array, start: jax.Array, n_rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, n_rows)
 
 
 def stored_form_of_nothing(entry: Entry) -> np.ndarray:
@@ -197,8 +227,13 @@ def sharding_of(target: Any) -> jax.sharding.Sharding | None:
 
 
 def is_direct(entry: Entry, target: Any) -> bool:
-    """Whether the store can read the array straight onto the target's devices; else it comes by the host."""
-    return sharding_of(target) is not None and entry.key_impl is None and entry.dtype in _PLAIN
+    """Whether the store can read the array straight onto the target's device; else it comes by the host.
+
+    Not onto several: the store reads their shards at the same time, and now and then fails at that.
+    """
+    where = sharding_of(target)
+    is_one = where is not None and where.is_fully_addressable and len(where.device_set) == 1
+    return is_one and entry.key_impl is None and entry.dtype in _PLAIN
 
 
 def like_target(stored: jax.Array | np.ndarray, entry: Entry, target: Any) -> Any:
@@ -217,7 +252,7 @@ def like_target(stored: jax.Array | np.ndarray, entry: Entry, target: Any) -> An
     if isinstance(target, bool | int | float | complex):
         return np.asarray(stored).item()
     if isinstance(stored, np.ndarray):
-        stored = jnp.array(stored) if sharding is None else jax.device_put(stored, sharding)
+        stored = jnp.array(stored) if sharding is None else put(stored, sharding)
     return _weakly_typed(stored) if getattr(target, "weak_type", False) else stored
 
 

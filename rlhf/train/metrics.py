@@ -1,6 +1,7 @@
 """The numbers of a run: `metrics.jsonl`, TensorBoard events, `samples.jsonl`, the log line and the progress bar.
 
-All files go on exactly after the step of a checkpoint: later rows are cut, so none is missing or doubled.
+All files go on exactly after the step of a checkpoint: later rows are cut, so none is missing or doubled. Of several
+processes of one run, the first writes.
 """
 
 import datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf import processes
 from rlhf.train.rows import RowFile, as_number, read_rows
 from rlhf.train.tensorboard import EventFile
 
@@ -25,6 +27,18 @@ def _number(value: Any) -> int | float:
     return int(value) if isinstance(value, bool | int) else float(value)
 
 
+class _Nothing:
+    """In place of a file, in processes that write none."""
+
+    def append(self, *row: Any) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def _row_file(path: Path, after_step: int) -> RowFile | _Nothing:
+    return RowFile(path, after_step) if processes.is_first() else _Nothing()
+
+
 class MetricsWriter:
     """One row per logged step: `step`, the metrics, then the time columns; the same to TensorBoard.
 
@@ -32,8 +46,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None):
-        self._rows = RowFile(Path(folder) / "metrics.jsonl", resume_step or 0)
-        self._events = EventFile(Path(folder), resume_step or 0)
+        self._rows = _row_file(Path(folder) / "metrics.jsonl", resume_step or 0)
+        self._events = EventFile(Path(folder), resume_step or 0) if processes.is_first() else _Nothing()
         self._last = resume_step or -1
 
     def write(self, step: int, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
@@ -74,7 +88,7 @@ class SamplesWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None):
-        self._rows = RowFile(Path(folder) / "samples.jsonl", resume_step or 0)
+        self._rows = _row_file(Path(folder) / "samples.jsonl", resume_step or 0)
 
     def write(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append the samples of a step, as JSON values."""
@@ -163,7 +177,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and processes.is_first():
             from tqdm import tqdm
 
             form = "{percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"

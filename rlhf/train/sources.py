@@ -16,10 +16,19 @@ from rlhf.model.checkpoints.arrays import Arrays
 from rlhf.model.checkpoints.find import Found, find
 from rlhf.model.checkpoints.handles import parse
 from rlhf.model.checkpoints.names import leaf_shapes, nested
+from rlhf.model.checkpoints.stream import Finish, as_read, finish_all
 from rlhf.model.gemma3 import Architecture
-from rlhf.model.sharding import place
-from rlhf.train.adapters import AdapterRun, lora_of
-from rlhf.train.checkpoint import components, is_run, load_parameters, parameters_digest, read_record, run_folder
+from rlhf.model.sharding import with_shardings
+from rlhf.train.adapters import AdapterRun, load_head, lora_of
+from rlhf.train.checkpoint import (
+    components,
+    is_run,
+    load_parameters,
+    moved_along,
+    parameters_digest,
+    read_record,
+    run_folder,
+)
 from rlhf.train.drawn import Drawn
 
 log = logging.getLogger(__name__)
@@ -49,8 +58,11 @@ class Source(Protocol):
         """The type that the parameters have in the checkpoint."""
         ...
 
-    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
-        """The components `model` and, where the architecture has one, `vision`, in `dtype` on their shards.
+    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read) -> Tree:
+        """The components `model` and, where the architecture has one, `vision`, in `dtype` on their shards; and `head`,
+        if it is a reward model.
+
+        finish: what each leaf becomes as soon as it is there, given its path from the component's name.
 
         Raises:
             CheckpointError: they are of another model, incomplete or damaged.
@@ -102,7 +114,7 @@ class RunSource:
     def stored_dtype(self) -> str:
         return self.record["config"]["hardware"]["param_dtype"]
 
-    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
+    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read) -> Tree:
         """What the run did not train, such as a frozen tower, is that of the checkpoint it started from."""
         wanted = leaf_shapes(architecture)
         there = set(components(self.path))
@@ -110,17 +122,20 @@ class RunSource:
             raise CheckpointError(f"{self.path} holds only {', '.join(sorted(there))}: it is no model by itself")
         stored = jnp.dtype(self.stored_dtype())
         target = {path: jax.ShapeDtypeStruct(shape, stored) for path, shape in wanted.items() if path[0] in there}
-        tree, record = load_parameters(self.path, target=nested(target))
+        placed = nested(target) if mesh is None else with_shardings(nested(target), mesh)
+        tree, record = load_parameters(
+            self.path, target=placed, finish=lambda path, leaf: finish(tuple(map(str, path[1:])), leaf.astype(dtype))
+        )
         log.info("parameters: run %s, step %s", self.path, record["step"])
-        tree = place(jax.tree.map(lambda x: x.astype(dtype), tree), mesh)
+        tree |= load_head(self.path, architecture, mesh)
         if missing := {path[0] for path in wanted} - there:
-            tree |= self._frozen(missing, architecture, dtype, mesh)
+            tree |= finish_all(self._frozen(missing, architecture, dtype, mesh), finish)
         return tree
 
     def _frozen(self, names: set[str], architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
         base = self.record["started_from"]
         log.info("%s: as in %s, where the run started", ", ".join(sorted(names)), base or "its random parameters")
-        start = Drawn(self.record["config"]["seed"]) if base is None else locate(base)
+        start = Drawn(self.record["config"]["seed"]) if base is None else locate(moved_along(base, self.path))
         tree = start.load(architecture, dtype, mesh)
         return {name: tree[name] for name in names}
 
@@ -149,7 +164,7 @@ class FileSource:
     def digest(self) -> str:
         return self.identity or self._files_digest
 
-    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
+    def load(self, architecture: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read) -> Tree:
         path, config = self.found.path, self.found.config
         log.info(
             "parameters: %s, from %s", self.arrays.kind, path if self.identity is None else f"{self.pinned} ({path})"
@@ -158,4 +173,4 @@ class FileSource:
             hf_config.require_same(config, architecture)
         elif path.is_file():
             log.warning("no config.json beside %s: window, scales and bases are not compared with model.*", path)
-        return stream.load(self.arrays, architecture, dtype, mesh)
+        return stream.load(self.arrays, architecture, dtype, mesh, finish)

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf import processes
 from rlhf.errors import CheckpointError
 from rlhf.train import durable, leaves, manifest
 from rlhf.train.leaves import Entry, Tree
 from rlhf.train.manifest import ARRAYS, DamagedCheckpoint, Manifest
 
+_PORTION_BYTES = 128 * 2**20  # of arrays that are read together
 _N_THREADS = 4  # hashing releases the interpreter lock
 
 
@@ -32,9 +34,32 @@ def _array_store(folder: Path) -> Iterator[Any]:
     level = absl.level
     absl.setLevel(logging.CRITICAL)
     try:
-        yield ocp, ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False), epath.Path(folder / ARRAYS)
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_compression=False, multiprocessing_options=_alone(ocp)
+        )
+        yield ocp, handler, epath.Path(folder / ARRAYS)
     finally:
         absl.setLevel(level)
+
+
+def _alone(ocp: Any) -> Any:
+    """Each of several processes reads, and the first writes, without asking the others."""
+    if not processes.is_several():
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+
+
+def _is_spread(array: Any) -> bool:
+    return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
+
+
+def take_part(tree: Tree) -> None:
+    """What every process but the writing one does while that is in `write`: give it the parts that are here."""
+    for leaf in leaves.flatten(tree).values():
+        leaves.stored_form(leaf)
 
 
 def write(folder: Path, step: int, tree: Tree, record: dict[str, Any]) -> None:
@@ -45,6 +70,9 @@ def write(folder: Path, step: int, tree: Tree, record: dict[str, Any]) -> None:
     """
     flat = leaves.flatten(tree)
     stored = {path: leaves.stored_form(leaf) for path, leaf in flat.items()}
+    # Shards of an array are gathered here: the store would write them at the same time, which now and then fails, and
+    # take an array of one process among several for a mistake. The digest below needs the whole array anyway.
+    stored = {path: np.asarray(x) if processes.is_several() or _is_spread(x) else x for path, x in stored.items()}
     arrays = {leaves.folder_of(path): array for path, array in stored.items() if array.size}
     folder.mkdir()
     with ThreadPoolExecutor(_N_THREADS) as pool:
@@ -66,29 +94,57 @@ def write(folder: Path, step: int, tree: Tree, record: dict[str, Any]) -> None:
     durable.flush_tree(folder)
 
 
-def read(folder: Path, target: Tree, only: str | None = None) -> tuple[Tree, Manifest]:
-    """Restore the arrays of `target`; with `only`, those under that key of the checkpoint.
+def read(
+    folder: Path,
+    target: Tree,
+    only: str | None = None,
+    finish: Callable[[leaves.Path, Any], Any] = lambda path, leaf: leaf,
+) -> tuple[Tree, Manifest]:
+    """Restore the arrays of `target`; with `only`, those under that key of the checkpoint, whose parts that the target
+    does not name are left out.
+
+    Arrays are read, checked and placed some at a time, so that no second copy of them all exists.
+    finish: what each becomes in the end, given its path.
 
     Raises:
         CheckpointError: its arrays are not those of `target`, or the store can't read them.
         DamagedCheckpoint: it does not hold what was written.
     """
     content = manifest.read(folder)
-    entries = {entry.path: entry for entry in content.entries.values() if only is None or entry.path[:1] == (only,)}
     wanted = leaves.flatten(target)
+    parts = {path[:2] for path in wanted}
+    entries = {entry.path: entry for entry in content.entries.values() if only is None or entry.path[:2] in parts}
     _compare(folder, entries, wanted)
     manifest.check_files(folder, content, list(entries.values()))
-    stored = _load(folder, [(entries[path], leaf) for path, leaf in wanted.items()])
-    with ThreadPoolExecutor(_N_THREADS) as pool:
-        digests = dict(zip(stored, pool.map(leaves.digest, stored.values()), strict=True))
-    wrong = [name for name, digest in digests.items() if digest != content.entries[name].sha256]
+    restored, wrong = {}, []
+    for some in _portions([(entries[path], leaf) for path, leaf in wanted.items()]):
+        stored = _load(folder, some)
+        with ThreadPoolExecutor(_N_THREADS) as pool:
+            digests = dict(zip(stored, pool.map(leaves.digest, stored.values()), strict=True))
+        wrong += [name for name, digest in digests.items() if digest != content.entries[name].sha256]
+        for entry, leaf in some:
+            restored[entry.path] = finish(entry.path, leaves.like_target(stored.pop(entry.name), entry, leaf))
     if wrong:
         raise DamagedCheckpoint(
             f"checkpoint {folder} is damaged: array {wrong[0]} is not what was written (checksum)"
             + (f", nor are {len(wrong) - 1} more" if len(wrong) > 1 else "")
         )
-    restored = [leaves.like_target(stored[leaves.name_of(p)], entries[p], leaf) for p, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(target), restored), content
+    return jax.tree.unflatten(jax.tree.structure(target), [restored[path] for path in wanted]), content
+
+
+def _portions(wanted: list[tuple[Entry, Any]]) -> Iterator[list[tuple[Entry, Any]]]:
+    """Arrays to be read together: of some size, or a single larger one."""
+    portion: list[tuple[Entry, Any]] = []
+    n_bytes = 0
+    for entry, leaf in wanted:
+        size = leaves.n_bytes(entry)
+        if portion and n_bytes + size > _PORTION_BYTES:
+            yield portion
+            portion, n_bytes = [], 0
+        portion.append((entry, leaf))
+        n_bytes += size
+    if portion:
+        yield portion
 
 
 def _compare(folder: Path, entries: dict[leaves.Path, Entry], wanted: dict[leaves.Path, Any]) -> None:
@@ -128,5 +184,13 @@ def _load(folder: Path, wanted: list[tuple[Entry, Any]]) -> dict[str, Any]:
         try:
             arrays = handler.restore(place, args=args)
         except Exception as error:  # the array store raises many kinds, and none names the checkpoint
-            raise CheckpointError(f"checkpoint {folder} is intact, but its arrays can't be read: {error}") from error
+            reasons = " <- ".join(_chain(error))  # the store's own message names an array, its cause what went wrong
+            raise CheckpointError(f"checkpoint {folder} is intact, but its arrays can't be read: {reasons}") from error
     return loaded | {entry.name: arrays[entry.folder] for entry, _ in wanted}
+
+
+def _chain(error: BaseException | None) -> Iterator[str]:
+    """An exception, its cause, the cause of that …, each as its kind and the first line of its message."""
+    while error is not None:
+        yield f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        error = error.__cause__ or error.__context__

@@ -21,19 +21,29 @@ from rlhf.model.checkpoints.axes import Rule
 from rlhf.model.checkpoints.matching import matched
 from rlhf.model.checkpoints.names import Slot, leaf_shapes, sizes
 from rlhf.model.gemma3 import Architecture
-from rlhf.model.sharding import spec
+from rlhf.model.sharding import put, spec
 
 log = logging.getLogger(__name__)
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]  # of a leaf, from the component's name
 
+Finish = Callable[[Path, Any], Any]
+
+
+def as_read(path: Path, leaf: Any) -> Any:
+    """The `finish` that changes nothing."""
+    return leaf
+
+
 PIECE_BYTES = 32 * 2**20  # of an array that is read in parts
 
 
 @blocks.go_back()
-def load(arrays: Arrays, a: Architecture, dtype: str, mesh: Mesh | None) -> Tree:
+def load(arrays: Arrays, a: Architecture, dtype: str, mesh: Mesh | None, finish: Finish = as_read) -> Tree:
     """The parameters `{"model": …}`, with `"vision"` where the model has a tower, in `dtype` and on their shards.
+
+    finish: what each leaf becomes as soon as it is there, such as codes of fewer bits.
 
     Raises:
         CheckpointError: the checkpoint is of another model, incomplete or damaged; names file and array.
@@ -47,11 +57,21 @@ def load(arrays: Arrays, a: Architecture, dtype: str, mesh: Mesh | None) -> Tree
     for path in sorted(leaf_shapes(a), key=lambda path: path != embedding):
         *parents, name = path
         node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-        node[name] = _Leaf(arrays, a, path, dtype, mesh).filled(by_leaf[path])
+        node[name] = finish(path, _Leaf(arrays, a, path, dtype, mesh).filled(by_leaf[path]))
         if path == embedding:
             _tell_padding(by_leaf[path][0][1], a)
             if head is not None:
                 _require_tied(arrays, head, by_leaf[path][0][1])
+    return tree
+
+
+def finish_all(tree: Tree, finish: Finish, path: Path = ()) -> Tree:
+    """`finish` for the leaves of a tree that came as a whole; what was there is let go of one by one."""
+    for name in sorted(tree):
+        if isinstance(tree[name], dict):
+            finish_all(tree[name], finish, (*path, name))
+        else:
+            tree[name] = finish((*path, name), tree.pop(name))
     return tree
 
 
@@ -98,7 +118,8 @@ class _Leaf:
             else:
                 whole = self.arrays.read(stored, 0, stored.shape[0])
                 ours = slot.entry.rule.to_ours(whole.reshape(slot.entry.rule.opened_shape(self.sizes)))
-                self.array = jax.device_put(ours.astype(self.array.dtype), self._sharding(self.axes))
+                ours, where = ours.astype(self.array.dtype), self._sharding(self.axes)
+                self.array = jax.device_put(ours) if where is None else put(ours, where)
         return self.array
 
     def _write(self, rule: Rule, opened: np.ndarray, layer: int) -> None:

@@ -11,9 +11,11 @@ from reference_models import load_reference
 from reference_vision import load_jax_form, load_torch_form
 from safetensors.numpy import load_file, save_file
 
+from rlhf.model.checkpoints import write_orbax
 from rlhf.model.checkpoints.find import find
 from rlhf.model.checkpoints.stream import load
 from rlhf.model.gemma3 import Architecture, Gemma3
+from rlhf.model.quantised import quantise_base, quantiser
 from rlhf.model.sharding import make_mesh
 from rlhf.train.sources import locate
 
@@ -48,6 +50,38 @@ def test_every_orbax_layout(shared, flat, layout):
     loaded = load(arrays, TEXT, "bfloat16" if layout == "flat_bf16" else "float32", None)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), flat)
     assert equal(loaded, rounded if layout == "flat_bf16" else flat)
+
+
+def test_the_policy_of_a_trainers_pair_is_read(tmp_path, flat):
+    """A DPO state has the policy and, beside it, the anchor that it began with: the policy is what was trained."""
+    import orbax.checkpoint as ocp
+
+    write_orbax.write(flat, TEXT, "float32", tmp_path / "plain")
+    handler = ocp.PyTreeCheckpointHandler()
+    plain = handler.restore(tmp_path / "plain")
+    anchor = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), plain)
+    state = {"step": np.int32(7), "params": {"policy": plain, "anchor": anchor}, "optimizer": {"count": np.int32(7)}}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    arrays = find(tmp_path / "state").open()
+    assert arrays.kind == "Orbax, state of a trainer, its policy, flat"
+    assert equal(load(arrays, TEXT, "float32", None), flat)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_base_is_quantised_while_it_is_read(shared, flat, kind):
+    """The same codes as of the whole base; when a leaf comes, the ones before it are codes already."""
+    arrays, plain_bytes, codes = find(shared / "fixtures" / "orbax_tiny_text" / "flat").open(), [], quantiser(kind)
+
+    def finish(path, leaf):
+        plain_bytes.append(leaf.nbytes)
+        return codes(path, leaf)
+
+    found = load(arrays, TEXT, "float32", None, finish)
+    copy = jax.tree.map(jnp.copy, flat)
+    expected = {**copy, "model": quantise_base(copy["model"], kind)}
+    assert equal(found, expected)
+    assert len(plain_bytes) == len(jax.tree.leaves(flat))
 
 
 def test_orbax_gives_the_references_logits(shared, flat):
