@@ -6,8 +6,9 @@ import jax
 import shape
 
 from rlhf.model.gemma3 import Architecture, Gemma3
-from rlhf.sampling.generate import generate, shape_for
+from rlhf.sampling.generate import generate
 from rlhf.sampling.methods import Sample
+from rlhf.sampling.shapes import shape_for
 from rlhf.sampling.weights import DecodingWeights
 
 

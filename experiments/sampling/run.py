@@ -9,26 +9,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-N_CORES = 2
+sys.path.insert(0, str(HERE.parent))
+
+from contenders import absolute, begin, interpreter_with  # noqa: E402
+
 CASES = ("rollout", "group", "queue")
 PEERS = {"Tunix": ("tunix", "tunix_peer.py"), "transformers": ("transformers", "transformers_peer.py")}
-
-
-def environment() -> dict[str, str]:
-    """The caller's, with two threads for each library."""
-    two_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(N_CORES))
-    return {**os.environ, **two_threads, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def interpreter_with(package: str, interpreters: list[str]) -> str | None:
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    return next((python for python in interpreters if subprocess.run([python, "-c", probe]).returncode == 0), None)
 
 
 def contenders(case: str, interpreters: list[str]) -> dict[str, list[str]]:
@@ -51,15 +42,7 @@ def time_process(command: list[str]) -> dict[str, float]:
         RuntimeError: it failed; the message ends in what it printed last.
     """
     started, start, numbers, printed = time.perf_counter(), 0.0, {}, []
-    process = subprocess.Popen(
-        command,
-        cwd=HERE,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:N_CORES]),
-    )
+    process = begin(command, HERE)
     for line in process.stdout:
         printed.append(line)
         if line.strip() == "ready":
@@ -97,7 +80,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["tiny", "270m"], choices=["tiny", "270m"])
     parser.add_argument("--peers-python", nargs="+", default=[], help="interpreters; the first with a package runs it")
     args = parser.parse_args()
-    args.peers_python = [str(Path(python).absolute()) for python in args.peers_python]
+    args.peers_python = absolute(args.peers_python)
     tables = [measure(case, size, args) for case in args.cases for size in args.sizes]
     print("\n" + "\n\n".join(tables))
 

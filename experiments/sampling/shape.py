@@ -3,33 +3,20 @@
 A contender is a process that prints `ready` when its first rollout is done, then one line of JSON with its rates.
 """
 
-import dataclasses
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    vocab: int
-    width: int
-    ff_width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    window: int
+from size import PATTERN, ROPE_BASE_GLOBAL, ROPE_BASE_LOCAL, SIZES, Size
 
+__all__ = ["PATTERN", "ROPE_BASE_GLOBAL", "ROPE_BASE_LOCAL", "SIZES", "Size"]
 
-SIZES = {
-    "tiny": Size(vocab=4096, width=256, ff_width=1024, layers=6, heads=4, kv_heads=1, head_width=64, window=128),
-    "270m": Size(vocab=262_144, width=640, ff_width=2048, layers=18, heads=4, kv_heads=1, head_width=256, window=512),
-}
-PATTERN = 6
-ROPE_BASE_LOCAL = 10_000.0
-ROPE_BASE_GLOBAL = 1_000_000.0
 
 ROWS, PROMPT, NEW = 8, 64, 64
 TEMPERATURE, TOP_K = 0.9, 50

@@ -4,31 +4,12 @@ import sys
 
 import shape
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-torch.set_num_threads(2)
+from torch_model import new_model
 
 
 def main(name: str, rounds: int) -> None:
     s = shape.SIZES[name]
-    layer_types = [
-        "full_attention" if i % shape.PATTERN == shape.PATTERN - 1 else "sliding_attention" for i in range(s.layers)
-    ]
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=s.vocab,
-        hidden_size=s.width,
-        intermediate_size=s.ff_width,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads,
-        head_dim=s.head_width,
-        query_pre_attn_scalar=s.head_width,
-        sliding_window=s.window,
-        layer_types=layer_types,
-        dtype="float32",
-    )
-    model = Gemma3ForCausalLM(config).to(torch.float32).eval()
+    model = new_model(s).eval()
     tokens = torch.tensor(shape.prompts(s, shape.ROWS, shape.PROMPT))
     settings = {
         "attention_mask": torch.ones_like(tokens),

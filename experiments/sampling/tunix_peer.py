@@ -2,11 +2,9 @@
 
 import sys
 
-import jax.numpy as jnp
 import shape
-from flax import nnx
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix.models.gemma3.model import Gemma3, ModelConfig
+from tunix_model import new_model
 
 
 class Words:
@@ -30,27 +28,13 @@ class Words:
 
 def main(name: str, rounds: int) -> None:
     s = shape.SIZES[name]
-    config = ModelConfig(
-        num_layers=s.layers,
-        num_embed=s.vocab,
-        embed_dim=s.width,
-        hidden_dim=s.ff_width,
-        num_heads=s.heads,
-        head_dim=s.head_width,
-        num_kv_heads=s.kv_heads,
-        sliding_window_size=s.window,
-        local_base_frequency=int(shape.ROPE_BASE_LOCAL),
-        global_base_frequency=int(shape.ROPE_BASE_GLOBAL),
-        param_dtype=jnp.float32,
-    )
-    model = Gemma3(config, rngs=nnx.Rngs(0))
     cache = CacheConfig(
         cache_size=shape.PROMPT + shape.NEW,
         num_layers=s.layers,
         num_kv_heads=s.kv_heads,
         head_dim=s.head_width,
     )
-    sampler = Sampler(model, Words(), cache)
+    sampler = Sampler(new_model(s), Words(), cache)
     texts = [Words().decode(ids[:-1]) for ids in shape.prompts(s, shape.ROWS, shape.PROMPT)]  # BOS is added
 
     def run():

@@ -27,10 +27,11 @@ def write_rows(folder: Path) -> None:
 
 def command(method: str, n_steps: int, rows: Path, out: Path, cache: Path) -> list[str]:
     """The command line; nothing in it is special to a benchmark but the shape."""
+    size = shape.SIZE
     model = {
-        "vocab_size": shape.VOCAB, "width": shape.WIDTH, "ff_width": shape.FF_WIDTH, "layers": shape.LAYERS,
-        "heads": shape.HEADS, "kv_heads": shape.KV_HEADS, "head_width": shape.HEAD_WIDTH, "window": shape.WINDOW,
-        "pattern": shape.PATTERN, "query_scale": shape.HEAD_WIDTH**-0.5,
+        "vocab_size": size.vocab, "width": size.width, "ff_width": size.ff_width, "layers": size.layers,
+        "heads": size.heads, "kv_heads": size.kv_heads, "head_width": size.head_width, "window": size.window,
+        "pattern": shape.PATTERN, "query_scale": size.head_width**-0.5,
     }  # fmt: skip
     overrides = {
         "hydra.run.dir": out,

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +19,11 @@ from pathlib import Path
 import ours
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from contenders import absolute, begin, interpreter_with  # noqa: E402
+
 N_WARM_UP = 2  # steps that are not counted, after the first
-N_CORES = 2
 _STEP = re.compile(r"\bstep +\d+/\d+")
 
 
@@ -50,13 +52,6 @@ class Run:
     processor: float
     memory: float
     others: float
-
-
-def environment() -> dict[str, str]:
-    """The caller's, with two threads for each library. Byte code may be cached, as it is for any user."""
-    two_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(N_CORES))
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, **two_threads, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def busy_seconds() -> float:
@@ -88,15 +83,7 @@ def time_process(command: list[str], folder: Path) -> Run:
         RuntimeError: it failed; the message ends in what it printed last.
     """
     busy, started, at, used_at, printed = busy_seconds(), time.perf_counter(), [], [], []
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:N_CORES]),
-    )
+    process = begin(command, folder)
     for line in process.stdout:
         printed.append(line)
         if _STEP.search(line):
@@ -111,11 +98,6 @@ def time_process(command: list[str], folder: Path) -> Run:
         statistics.median([b - a for a, b in itertools.pairwise(clock)][N_WARM_UP:]) for clock in (at, used_at)
     )
     return Run(at[0] - started, step, processor, used.ru_maxrss / 1e6, max(others, 0.0))
-
-
-def interpreter_with(package: str, interpreters: list[str]) -> str | None:
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    return next((python for python in interpreters if subprocess.run([python, "-c", probe]).returncode == 0), None)
 
 
 def contenders(method: str, n_steps: int, interpreters: list[str]) -> dict[str, list[str]]:
@@ -136,9 +118,14 @@ def measure(method: str, args: argparse.Namespace, folder: Path) -> dict[str, li
     for number in range(args.rounds):
         cache = folder / f"{method}_programs_{number}"
         mine = {
-            name: ours.command(method, args.steps, folder, folder / f"{method}_{number}_{name.split()[-1]}", cache)
-            for name in ("rlhf, cold", "rlhf, warm")
+            name: [
+                *ours.command(method, args.steps, folder, folder / f"{method}_{number}_{name.split()[-1]}", cache),
+                *(["hardware.remat=block"] if name == "rlhf, lean" else []),
+            ]
+            for name in ("rlhf, cold", "rlhf, warm", *(["rlhf, lean"] if ours.shape.NAME == "270m" else []))
+            if args.only is None or name in args.only
         }
+        peers = {name: command for name, command in peers.items() if args.only is None or name in args.only}
         for name, command in {**mine, **peers}.items():
             wait_for_quiet(args.patience)
             run = time_process(command, folder)
@@ -154,8 +141,10 @@ def table(method: str, runs: dict[str, list[Run]]) -> str:
         return statistics.median(getattr(run, field) for run in runs[name])
 
     def ratio(mine, name, field):
+        if mine not in runs:
+            return "–"
         pairs = zip(runs[mine], runs[name], strict=True)
-        return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+        return f"{statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs):.2f}"
 
     heads = (
         f"{method.upper()}|step, s|ours ÷ it|processor, s a step|ours ÷ it|start, s|ours cold ÷ it|memory, GB|others"
@@ -164,7 +153,7 @@ def table(method: str, runs: dict[str, list[Run]]) -> str:
     for name in runs:
         cells = [name]
         for field, mine in (("step", "rlhf, warm"), ("processor", "rlhf, warm"), ("start", "rlhf, cold")):
-            cells += [f"{median(name, field):.2f}", f"{ratio(mine, name, field):.2f}"]
+            cells += [f"{median(name, field):.2f}", ratio(mine, name, field)]
         cells += [f"{median(name, field):.2f}" for field in ("memory", "others")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -175,12 +164,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
     parser.add_argument("--steps", type=int, default=15, help="optimizer steps of each run")
     parser.add_argument("--methods", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
+    parser.add_argument("--only", nargs="+", help="contenders to run, by the names of the table; all if not given")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine before each run")
     parser.add_argument(
         "--peers-python", nargs="+", default=[], help="interpreters that have peers; the first with a package runs it"
     )
     args = parser.parse_args()
-    args.peers_python = [str(Path(python).absolute()) for python in args.peers_python]  # a link names its environment
+    args.peers_python = absolute(args.peers_python)
     if args.steps < N_WARM_UP + 3:
         parser.error(f"--steps {args.steps} must be at least {N_WARM_UP + 3}: the first {N_WARM_UP + 1} don't count")
     with tempfile.TemporaryDirectory() as made:

@@ -8,7 +8,7 @@ from torch_model import new_model
 
 
 def main(method: str, n_steps: int) -> None:
-    model = new_model()
+    model = new_model(shape.SIZE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=shape.LEARNING_RATE, weight_decay=0.0, fused=True)
     for step in range(n_steps):
         tokens = torch.tensor(shape.token_rows(shape.ROWS[method], shape.TIME, step))

@@ -7,8 +7,9 @@ import tempfile
 import shape
 import trl
 from datasets import Dataset
-from torch_model import new_model, new_tokenizer, text
+from torch_model import new_model
 from transformers import TrainerCallback
+from words import new_tokenizer, text
 
 
 class _SaySteps(TrainerCallback):
@@ -37,7 +38,9 @@ def _settings(method: str, n_steps: int, folder: str) -> dict:
 def _sft(n_steps: int, folder: str):
     rows = Dataset.from_dict({"input_ids": shape.token_rows(64, shape.TIME, 0)})
     args = trl.SFTConfig(**_settings("sft", n_steps, folder))
-    return trl.SFTTrainer(new_model(), args=args, train_dataset=rows, processing_class=new_tokenizer())
+    return trl.SFTTrainer(
+        new_model(shape.SIZE).train(), args=args, train_dataset=rows, processing_class=new_tokenizer()
+    )
 
 
 def _dpo(n_steps: int, folder: str):
@@ -47,7 +50,7 @@ def _dpo(n_steps: int, folder: str):
     rows = Dataset.from_dict({name: [text(row) + " " * (name == "prompt") for row in tokens[name]] for name in tokens})
     rows = rows.map(lambda row: {"chosen": row["chosen"] + " <eos>", "rejected": row["rejected"] + " <eos>"})
     args = trl.DPOConfig(beta=shape.BETA, **_settings("dpo", n_steps, folder))
-    model = new_model()
+    model = new_model(shape.SIZE).train()
     reference = copy.deepcopy(model)
     return trl.DPOTrainer(model, reference, args=args, train_dataset=rows, processing_class=new_tokenizer())
 

@@ -3,15 +3,13 @@
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import shape
-from flax import nnx
-from tunix.models.gemma3.model import Gemma3, ModelConfig
 from tunix.sft import peft_trainer
 from tunix.sft.dpo import dpo_trainer
 from tunix.sft.utils import build_positions_from_mask, make_causal_attn_mask
+from tunix_model import new_model
 
 
 class _SaySteps:
@@ -29,23 +27,6 @@ class _Sft(_SaySteps, peft_trainer.PeftTrainer): ...
 class _Dpo(_SaySteps, dpo_trainer.DPOTrainer): ...
 
 
-def _model() -> Gemma3:
-    config = ModelConfig(
-        num_layers=shape.LAYERS,
-        num_embed=shape.VOCAB,
-        embed_dim=shape.WIDTH,
-        hidden_dim=shape.FF_WIDTH,
-        num_heads=shape.HEADS,
-        head_dim=shape.HEAD_WIDTH,
-        num_kv_heads=shape.KV_HEADS,
-        sliding_window_size=shape.WINDOW,
-        local_base_frequency=int(shape.ROPE_BASE_LOCAL),
-        global_base_frequency=int(shape.ROPE_BASE_GLOBAL),
-        param_dtype=jnp.float32,
-    )
-    return Gemma3(config, rngs=nnx.Rngs(0))
-
-
 def _optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(shape.LEARNING_RATE, weight_decay=0.0))
 
@@ -55,7 +36,9 @@ def _array(n_tokens: int, rows: int, seed: int) -> np.ndarray:
 
 
 def _sft(n_steps: int) -> None:
-    trainer = _Sft(_model(), _optimizer(), peft_trainer.TrainingConfig(eval_every_n_steps=n_steps, max_steps=n_steps))
+    trainer = _Sft(
+        new_model(shape.SIZE), _optimizer(), peft_trainer.TrainingConfig(eval_every_n_steps=n_steps, max_steps=n_steps)
+    )
 
     def inputs(batch):
         mask = batch.input_mask
@@ -90,7 +73,7 @@ def _dpo(n_steps: int) -> None:
         )
         for seed in range(n_steps)
     )
-    _Dpo(_model(), _model(), _optimizer(), settings).train(rows)
+    _Dpo(new_model(shape.SIZE), new_model(shape.SIZE), _optimizer(), settings).train(rows)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf.config import Number
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.gemma3 import Gemma3, Tree
+from rlhf.model.sharding import whole
 from rlhf.sampling import cache as caches
 from rlhf.sampling import programs
 from rlhf.sampling.draw import candidates
-from rlhf.sampling.generate import SLOTS, SMALLEST, Generation, bucket, check_prompts, rules_for, setting_for
+from rlhf.sampling.generate import Generation, check_prompts, rules_for, setting_for
 from rlhf.sampling.methods import Beam
-from rlhf.sampling.programs import Prompts, Setting, Shape
+from rlhf.sampling.programs import Prompts, Setting
 from rlhf.sampling.rules import Rules
 from rlhf.sampling.schedule import PromptImages, Stage, Task, stage_size
+from rlhf.sampling.shapes import SLOTS, SMALLEST, Shape, bucket
 from rlhf.sampling.weights import DecodingWeights
 
 _NEVER = -1e30  # log-probability of a beam that does not exist yet
@@ -88,7 +90,7 @@ def beam_search(
     for start in range(0, len(tasks), entries):
         some = tasks[start : start + entries]
         seated = _seated(setting, shape, layers, some)
-        best = jax.device_get(_search(setting, shape, layers, seated, rules, penalty, np.int32(max_new_tokens)))
+        best = jax.device_get(whole(_search(setting, shape, layers, seated, rules, penalty, np.int32(max_new_tokens))))
         found += [jax.tree.map(lambda x, i=i: x[i], best) for i in range(len(some))]
     return Generation(
         tokens=np.stack([one.tokens[:max_new_tokens] for one in found]),

@@ -89,16 +89,17 @@ def prefill(
     chunk: int,
     pictures: Pictures | None = None,
 ) -> list[LayerCache]:
-    """The cache with the keys and values of chunks[0] … chunks[1] - 1, each of `chunk` tokens, of every row.
+    """The cache with the keys and values of the tokens from chunks[0] on, chunks[1] times `chunk` of every row.
 
-    A prompt gives the same numbers whatever is beside or behind it. With pictures, whose tokens see each other in both
-    directions, one chunk holds all.
+    There must be room for whole chunks. A prompt gives the same numbers whatever is beside or behind it. With pictures,
+    whose tokens see each other in both directions, one chunk holds all.
     """
+    first, n_chunks = chunks
 
     def run(number, cache):
-        return _prefill_chunk(model, weights, cache, tokens, number * chunk, chunk, pictures)
+        return _prefill_chunk(model, weights, cache, tokens, first + number * chunk, chunk, pictures)
 
-    return jax.lax.fori_loop(*chunks, run, cache)
+    return jax.lax.fori_loop(0, n_chunks, run, cache)
 
 
 def _prefill_chunk(
@@ -157,6 +158,22 @@ def take_seat(
         after.append(
             LayerCache(*(jax.lax.dynamic_update_slice(x, y, (entry, 0, 0, 0)) for x, y in zip(old, cut, strict=True)))
         )
+    return after
+
+
+def keep_answer(
+    staged: list[LayerCache], answers: list[LayerCache], n_kept: Int[Array, ""], n_drawn: Int[Array, ""]
+) -> list[LayerCache]:
+    """The cache of a prefilled prompt with what decoding kept of the answer to it behind the prompt's n_kept tokens.
+
+    Both have one row. Local layers get the tokens of the ring, which are all that the next token's window reaches.
+    """
+    after = []
+    for old, new in zip(staged, answers, strict=True):
+        numbers = n_drawn - 1 - (n_drawn - 1 - jnp.arange(new.keys.shape[2])) % new.keys.shape[2]
+        places = jnp.where(numbers >= 0, n_kept + numbers, old.keys.shape[2])  # past the end: dropped
+        put = [x.at[0, :, places].set(y[0].swapaxes(0, 1), mode="drop") for x, y in zip(old, new, strict=True)]
+        after.append(LayerCache(*put))
     return after
 
 

@@ -18,13 +18,12 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.model.gemma3 import Gemma3, Tree
 from rlhf.sampling.ahead import compile_ahead
 from rlhf.sampling.methods import Method, numbers_of
-from rlhf.sampling.programs import Setting, Shape
-from rlhf.sampling.rules import ALTERNATIVES, Rules
+from rlhf.sampling.programs import Setting
+from rlhf.sampling.rules import Rules
 from rlhf.sampling.schedule import Ended, PromptImages, Schedule, Task
+from rlhf.sampling.shapes import SLOTS, Shape, check_fits, shape_for
 from rlhf.sampling.weights import DecodingWeights
 
-SMALLEST = 16  # tokens of the smallest bucket
-SLOTS = 64  # answers that are written at once, unless asked for otherwise
 WATCH_EVERY = 16  # tokens between two looks at the text, where something in it ends an answer
 
 
@@ -62,27 +61,6 @@ class Generation:
         """The token ids of each row, without the stop token."""
         ends = [n - (reason == "stop") for n, reason in zip(self.n_tokens, self.finish_reasons, strict=True)]
         return [row[:end].tolist() for row, end in zip(self.tokens, ends, strict=True)]
-
-
-def bucket(n: int, smallest: int) -> int:
-    """The least of 2^k and 3 · 2^k that holds n, and at least `smallest`."""
-    power = 1 << (n - 1).bit_length()
-    return max(smallest, power * 3 // 4 if n <= power * 3 // 4 else power)
-
-
-def shape_for(
-    n_prompts: int, n: int, prompt_tokens: int, new_tokens: int, slots: int = SLOTS, has_alternatives: bool = False
-) -> Shape:
-    """The shape that a call is compiled for.
-
-    All prompts get an entry and all samples a lane where these are at most `slots`. Else more prompts at once are
-    better than more samples of each: when a prompt's last samples are written, its other lanes have nothing to do.
-    """
-    entries, lanes = bucket(n_prompts, 1), bucket(n, 1)
-    if entries * lanes > slots:
-        lanes = min(lanes, max(1, slots // entries))
-        entries = min(entries, max(1, slots // lanes))
-    return Shape(entries, lanes, bucket(prompt_tokens, SMALLEST), bucket(new_tokens, SMALLEST), has_alternatives)
 
 
 def generate(
@@ -138,7 +116,7 @@ def generate(
     longest = max(map(len, prompts))
     if shape is None:
         shape = shape_for(len(prompts), n, longest, most, slots, n_alternatives > 0)
-    _check_fits(shape, longest, most, n_alternatives)
+    check_fits(shape, longest, most, n_alternatives)
     weights = DecodingWeights(model) if weights is None else weights
     setting, layers = setting_for(weights.model, params, cache_dtype), weights.of(params)
     compile_ahead(setting, shape, layers, rules, key)
@@ -243,17 +221,6 @@ def _gathered(ended: Iterable[Ended], max_new_tokens: int, wants_entropy: bool, 
         n_tokens=np.array([len(one.tokens) for one in ordered], np.int32),
         finish_reasons=[one.reason for one in ordered],
     )
-
-
-def _check_fits(shape: Shape, longest: int, max_new_tokens: int, n_alternatives: int) -> None:
-    if not 0 <= n_alternatives <= ALTERNATIVES:
-        raise ConfigError(f"n_alternatives={n_alternatives} must be from 0 to {ALTERNATIVES}")
-    if n_alternatives and not shape.has_alternatives:
-        raise ConfigError(f"n_alternatives={n_alternatives} needs a shape with has_alternatives")
-    if longest > shape.prompt_tokens:
-        raise ConfigError(f"a prompt has {longest} tokens, and the shape has room for {shape.prompt_tokens}")
-    if max_new_tokens > shape.new_tokens:
-        raise ConfigError(f"max_new_tokens={max_new_tokens}, and the shape has room for {shape.new_tokens}")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int, vocab: int) -> None:

@@ -21,30 +21,7 @@ from rlhf.sampling.cache import LayerCache, Pictures
 from rlhf.sampling.draw import draw
 from rlhf.sampling.methods import Numbers
 from rlhf.sampling.rules import ALTERNATIVES, Rules, Seen, alternatives, restrict, score
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What programs are compiled for.
-
-    entries: prompts that are answered at once. lanes: answers to each of them that are written at once.
-    prompt_tokens, new_tokens: the longest prompt and answer there is room for.
-    has_alternatives: whether the most likely tokens are reported.
-    """
-
-    entries: int
-    lanes: int
-    prompt_tokens: int
-    new_tokens: int
-    has_alternatives: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.entries * self.lanes
-
-    def __str__(self) -> str:
-        lanes = f" × {self.lanes} answers" if self.lanes > 1 else ""
-        return f"{self.entries} prompts{lanes}, ≤ {self.prompt_tokens} + {self.new_tokens} tokens"
+from rlhf.sampling.shapes import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +128,15 @@ def prefill(
     tokens, chunks = jax.tree.map(jnp.asarray, (tokens, chunks))
     cache = caches.prefill(setting.model, weights, cache, tokens, chunks, chunk, pictures)
     return setting.spread(cache)
+
+
+@partial(jax.jit, static_argnames=("setting",), donate_argnames=("staged",))
+def keep_answer(
+    setting: Setting, staged: list[LayerCache], answers: Answers, n_kept: Any, n_drawn: Any
+) -> list[LayerCache]:
+    """See `rlhf.sampling.cache.keep_answer`."""
+    n_kept, n_drawn = jax.tree.map(jnp.asarray, (n_kept, n_drawn))
+    return setting.spread(caches.keep_answer(staged, answers.cache, n_kept, n_drawn))
 
 
 class Seats(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -14,15 +15,19 @@ from rlhf.config import Number
 from rlhf.data.images import load_images
 from rlhf.errors import DataError
 from rlhf.model.gemma3 import Gemma3, Tree
+from rlhf.model.sharding import whole
 from rlhf.model.tokenizer import Tokenizer
+from rlhf.sampling.ahead import compile_ahead, compile_in_background
 from rlhf.sampling.beam import beam_search
-from rlhf.sampling.generate import Generation, generate
+from rlhf.sampling.generate import Generation, generate, rules_for, setting_for
 from rlhf.sampling.methods import Beam, Method
-from rlhf.sampling.programs import Shape
 from rlhf.sampling.schedule import PromptImages
 from rlhf.sampling.settings import SamplingSettings
+from rlhf.sampling.shapes import Shape, Use, cheapest, planned, shape_for
 from rlhf.sampling.stops import first_stop, stop_watch
 from rlhf.sampling.weights import DecodingWeights
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -93,8 +98,10 @@ class Rollout:
 
 
 class Sampler:
-    """A model and its tokenizer, ready to answer. Keeps the newest parameters in the layout of decoding.
+    """A model and its tokenizer, ready to answer.
 
+    Parameters in the layout of decoding, which are a second copy of the layers, are let go of after each call.
+    shapes: which calls may be compiled for, the cheapest of them that fits; none: each for its own.
     seed: of the noise, with the step, the prompt's row, the number of the answer and the place of the token.
     """
 
@@ -102,6 +109,37 @@ class Sampler:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.settings = SamplingSettings() if settings is None else settings
         self.weights = DecodingWeights(model, self.settings.weights)
+        self.shapes: list[Shape] = []
+
+    def expect(self, *uses: Use) -> None:
+        """Plan for what will be asked: calls then take the cheapest planned shape that fits, and few are compiled."""
+        self.shapes = planned(self.shapes, uses)
+
+    def warm_up(self, params: Tree, *uses: Use, in_background: bool = False) -> None:
+        """`expect`, and compile all that is planned: nothing that was announced compiles later.
+
+        in_background: but for the first shape, while this thread goes on. It pays where the processor that compiles has
+        nothing else to do, so not on a CPU that generates too.
+        """
+        self.expect(*uses)
+        vocab, layers = self.model.architecture.vocab_size, self.weights.of(params)
+        never = never_drawn(self.tokenizer, vocab)
+        rules = rules_for(vocab, self.tokenizer.stop_ids, never, {}, 0, False)
+        setting = setting_for(self.weights.model, params, self.settings.cache_dtype)
+        most = max((use.n_images for use in uses), default=0)
+        images = [0] + [1 << power for power in range((most - 1).bit_length() + 1) if most]
+        work = [
+            functools.partial(compile_ahead, setting, shape, layers, rules, self.key(0), n)
+            for shape in self.shapes
+            for n in images
+        ]
+        work[0]()
+        if in_background:
+            compile_in_background(work[1:])
+        else:
+            for compile_one in work[1:]:
+                compile_one()
+        self.weights.release()
 
     def __call__(
         self,
@@ -120,13 +158,15 @@ class Sampler:
         """`n` answers to each prompt; each ends at EOS, `<end_of_turn>`, one of the texts `stop`, or `max_new_tokens`.
 
         No other control token is ever drawn: none is part of an answer. method: one for all prompts, or one for each.
-        shape: compile for it instead of the call's bucket. settings: further arguments of `generate`, such as
-        min_new_tokens, bias, wants_entropy, n_alternatives, slots.
+        shape: compile for it instead of a planned one or the call's own. settings: further arguments of `generate`,
+        such as min_new_tokens, bias, wants_entropy, n_alternatives, slots.
 
         Raises:
             DataError, ConfigError: as `generate`.
         """
         started = time.perf_counter()
+        if shape is None and self.shapes and not isinstance(method, Beam):
+            shape = self._shape(prompts, n, max_new_tokens, settings)
         common: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "stop_ids": self.tokenizer.stop_ids,
@@ -151,6 +191,7 @@ class Sampler:
                 shape=shape,
                 **{"slots": self.settings.slots, **common, **settings},
             )
+        self.weights.release()
         completions = [
             Completion(self._text(ids, stop if reason == "stop_text" else ()), int(length), reason)
             for ids, length, reason in zip(
@@ -158,6 +199,22 @@ class Sampler:
             )
         ]
         return Rollout(completions, generation, len(completions) // len(prompts), time.perf_counter() - started)
+
+    def _shape(
+        self, prompts: Sequence[Prompt], n: int, max_new_tokens: int | Sequence[int], settings: Mapping[str, Any]
+    ) -> Shape | None:
+        """The planned shape for a call; None, with the reason in the log, where none fits."""
+        most = max_new_tokens if isinstance(max_new_tokens, int) else max(max_new_tokens, default=1)
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
+        slots = settings.get("slots", self.settings.slots)
+        own = shape_for(len(prompts), n, longest, most, slots, settings.get("n_alternatives", 0) > 0)
+        # What is announced is what fits: a number of tokens inside a bucket that is planned needs no bucket of its own.
+        least = dataclasses.replace(own, prompt_tokens=longest, new_tokens=most)
+        found = cheapest(self.shapes, least, len(prompts), n, max(slots, own.rows))
+        if found is None:
+            known = "; ".join(map(str, self.shapes))
+            log.warning("generation for %s was not planned, so it is compiled for itself; planned: %s", own, known)
+        return found
 
     def key(self, step: int, seed: int | None = None) -> Key[Array, ""]:
         """What the noise of a step depends on."""
@@ -172,7 +229,7 @@ class Sampler:
         of the absolute differences over all answer tokens, nats. temperature: of the rollout (1 for greedy answers).
         """
         batch = _scored_rows(prompts, rollout)
-        trained = np.asarray(_token_logprobs(self.model, params, batch, np.float32(temperature)))
+        trained = np.asarray(whole(_token_logprobs(self.model, params, batch, np.float32(temperature))))
         total = 0.0
         for row, n in enumerate(rollout.generation.n_tokens):
             start = len(prompts[row // rollout.n].token_ids)

@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from rlhf.model.gemma3 import Tree
+from rlhf.model.sharding import whole
 from rlhf.sampling import programs
 from rlhf.sampling.cache import LayerCache, Pictures
-from rlhf.sampling.programs import Prompts, Seats, Setting, Shape
+from rlhf.sampling.programs import Prompts, Seats, Setting
 from rlhf.sampling.rules import Rules
+from rlhf.sampling.shapes import Shape
 
 _FOREVER = np.int32(np.iinfo(np.int32).max)
 
@@ -172,7 +174,7 @@ class Schedule:
             self.answers, rows = programs.decode(
                 self.setting, self.weights, self.prompts, self.answers, self.rows, self.rules, self.key, until
             )
-            self.rows = jax.tree.map(np.array, jax.device_get(rows))
+            self.rows = jax.tree.map(np.array, jax.device_get(whole(rows)))
             drawn = self.rows.steps - before
             self.n_drawn += int(drawn.sum())
             self.n_places += int(drawn.max()) * len(drawn)
@@ -180,7 +182,7 @@ class Schedule:
 
     def so_far(self, row: int) -> list[int]:
         """The tokens of the answer that a row is writing."""
-        return np.asarray(self.answers.tokens)[row, : self.rows.steps[row]].tolist()
+        return np.asarray(whole(self.answers.tokens))[row, : self.rows.steps[row]].tolist()
 
     def _admit(self) -> None:
         """Prompts into free entries, then their samples into free lanes."""
@@ -223,7 +225,7 @@ class Schedule:
         looked_at = np.flatnonzero(is_owned & (~self.rows.is_active | (self.watch is not None)))
         if not len(looked_at):
             return []
-        tokens, scores, likely = jax.device_get((self.answers.tokens, self.answers.scores, self.answers.likely))
+        tokens, scores, likely = jax.device_get(whole((self.answers.tokens, self.answers.scores, self.answers.likely)))
         is_stop, ended = self.is_stop, []
         for row in looked_at.tolist():
             n = int(self.rows.steps[row])

@@ -54,7 +54,11 @@ class DecodingWeights:
 
     def _base(self, tree: Tree) -> Tree:
         rest = {name: _cast(x, self.model.compute_dtype) for name, x in tree.items() if name != "layers"}
-        return {**rest, "layers": _split(tree["layers"], self.model.compute_dtype, self.narrow)}
+        return {**rest, "layers": self.layers_of(tree)}
+
+    def layers_of(self, tree: Tree) -> list[Tree]:
+        """The layers of the component `model`, one tree for each; nothing is kept."""
+        return _split(tree["layers"], self.model.compute_dtype, self.narrow)
 
     def _adapter(self, model: Tree, adapter: Tree) -> list[Tree]:
         stacked = stacked_layers({"model": model, **adapter})

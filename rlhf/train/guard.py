@@ -1,4 +1,4 @@
-"""How often this process compiled, what, and why a function was traced again.
+"""How often this process compiled, what, why a function was traced again, and what compiles later than it should.
 
 Counts are taken from JAX's own events, from the import of this module on.
 """
@@ -10,12 +10,13 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from rlhf.errors import TrainingError
+from rlhf.sampling.ahead import IN_BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,13 @@ _FROM_DISK = "/jax/compilation_cache/cache_hits"
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """One program made ready to run. seconds: the compiler's, or the reading's if it came from the cache on disk."""
+    """One program made ready to run. seconds: the compiler's, or the reading's if it came from the cache on disk.
+    is_ahead: in the background, before anybody needs it."""
 
     name: str
     seconds: float
     is_from_disk: bool
+    is_ahead: bool = False
 
 
 class _Listener:
@@ -48,7 +51,8 @@ class _Listener:
             is_hit = getattr(self._thread, "is_hit", False)
             self._thread.is_hit = False
             name = str(details.get("fun_name", "unnamed")).removeprefix("jit(").removesuffix(")")
-            self.compilations.append(Compilation(name, duration_secs, is_hit))
+            is_ahead = threading.current_thread().name.startswith(IN_BACKGROUND)
+            self.compilations.append(Compilation(name, duration_secs, is_hit, is_ahead))
 
 
 _listener = _Listener()
@@ -59,6 +63,17 @@ jax.monitoring.register_event_duration_secs_listener(_listener.note_duration)
 def compilations() -> int:
     """Programs compiled, or read from the cache on disk, by this process so far."""
     return len(_listener.compilations)
+
+
+def told(compilations: Sequence[Compilation]) -> str:
+    """How many, how long they took, and of which functions."""
+    if not compilations:
+        return "no compilations"
+    n_read = sum(one.is_from_disk for one in compilations)
+    seconds = sum(one.seconds for one in compilations)
+    counted = Counter(one.name for one in compilations).most_common()
+    names = ", ".join(f"{name} × {n}" if n > 1 else name for name, n in counted)
+    return f"{len(compilations)} compilations ({n_read} from the cache on disk) in {seconds:.1f} s: {names}"
 
 
 @dataclasses.dataclass
@@ -85,11 +100,7 @@ class Recording:
         return len(self.compilations)
 
     def __str__(self) -> str:
-        if not self.compilations:
-            return "no compilations"
-        n_read = sum(one.is_from_disk for one in self.compilations)
-        names = ", ".join(f"{name} × {n}" if n > 1 else name for name, n in self.names.most_common())
-        return f"{len(self)} compilations ({n_read} from the cache on disk) in {self.seconds:.1f} s: {names}"
+        return told(self.compilations)
 
 
 @contextlib.contextmanager
@@ -113,6 +124,40 @@ def forbid_compilations(what: str) -> Iterator[None]:
         yield
     if len(recording):
         raise TrainingError(f"{what} must compile nothing new, but there were {recording}")
+
+
+class Watch:
+    """Compilations later than warm-up: in a part of a run that was there before.
+
+    The first time that a part is entered is its warm-up, and may compile. is_forbidden: later, it is an error.
+    n_late: programs compiled later so far.
+    """
+
+    def __init__(self, is_forbidden: bool = False):
+        self.is_forbidden, self.n_late = is_forbidden, 0
+        self._warm: set[str] = set()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Something that is done again and again, by its name in messages.
+
+        Raises:
+            TrainingError: something was compiled after its warm-up, and that is forbidden; names the functions.
+        """
+        with record_compilations() as recording:
+            yield
+        is_first = name not in self._warm
+        self._warm.add(name)
+        late = [one for one in recording.compilations if not one.is_ahead]
+        if is_first or not late:
+            return
+        self.n_late += len(late)
+        if self.is_forbidden:
+            raise TrainingError(
+                f"{name}, which had been done before, had {told(late)}; hardware.forbid_recompile=true makes this an "
+                "error (lines above it in the log say what changed)"
+            )
+        log.warning("%s, which had been done before, had %s", name, told(late))
 
 
 class TraceCounter:

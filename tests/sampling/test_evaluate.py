@@ -7,13 +7,20 @@ import types
 import jax
 import pytest
 
+from rlhf.config import config
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.gemma3 import Architecture, Gemma3
 from rlhf.model.tokenizer import Tokenizer
+from rlhf.rewards.base import Failed, OnError, Reward
+from rlhf.rewards.extract import Tagged, Whole
+from rlhf.rewards.format import Format
+from rlhf.rewards.length import Length
+from rlhf.rewards.weighted import Rewards
 from rlhf.sampling import sampler as sampling
 from rlhf.sampling.evaluate import Evaluation, evaluate_prompts, interval
 from rlhf.sampling.generate import generate
 from rlhf.sampling.methods import Beam, Greedy, Sample
+from rlhf.sampling.presets import method_name
 from rlhf.sampling.sampler import Completion, Sampler, never_drawn
 from rlhf.sampling.samples import sample_rows
 from rlhf.sampling.settings import SamplingSettings
@@ -169,6 +176,82 @@ def test_narrow_weights_are_near_the_trainers_numbers(parts):
     assert gaps[None] < 1e-5
     assert 1e-5 < gaps["bfloat16"] < 0.02
     assert 1e-5 < gaps["int8"] < 0.05
+
+
+def test_several_passes_by_hand(parts, monkeypatch):
+    """Three answers to each of two prompts: 2 of 3 right, the other one wrong; and none right."""
+    texts = ["#### 4", "#### 5", "#### 4.0", "#### 1", "#### 1", "no"]
+    canned = types.SimpleNamespace(completions=[Completion(text, 3) for text in texts])
+    monkeypatch.setattr(Sampler, "__call__", lambda *args, **settings: canned if settings["n"] == 3 else None)
+    prompts = prompts_of(parts[0].tokenizer, ["4", "2"])
+    summary, rows = evaluate_prompts(*parts, prompts, Evaluation(passes=3, method="standard"))
+    assert [(row["row"], row["pass"], row["is_correct"]) for row in rows] == [
+        (10, 0, True), (10, 1, False), (10, 2, True), (11, 0, False), (11, 1, False), (11, 2, False),
+    ]  # fmt: skip
+    assert summary["n"] == 2
+    assert summary["accuracy"] == pytest.approx(1 / 3)
+    assert summary["pass@1"] == pytest.approx(1 / 3)
+    assert summary["pass@2"] == summary["pass@3"] == summary["maj@3"] == 0.5
+    assert summary["format_accuracy"] == pytest.approx(5 / 6)
+    for name in ("accuracy", "format_accuracy", "pass@1", "pass@2", "pass@3", "maj@3"):
+        assert summary[f"{name}_low"] < summary[name] < summary[f"{name}_high"]
+
+
+def test_presets_are_what_they_are_called():
+    assert Evaluation(method="greedy").drawn_by == Evaluation().drawn_by == Greedy()
+    assert Evaluation(method="standard").drawn_by == Sample(temperature=0.7, top_k=50, top_p=0.95)
+    assert Evaluation(method="liberal").drawn_by == Sample(temperature=0.85, top_k=2000)
+    assert method_name(Sample(temperature=0.85, top_k=2000.0)) == "liberal"
+    assert "temperature=0.9" in method_name(Sample(temperature=0.9))
+    with pytest.raises(
+        ConfigError, match=r"method='wild' of Evaluation must be .*one of 'greedy', 'standard', 'liberal'"
+    ):
+        Evaluation(method="wild")
+    for method in (Greedy(), Beam(), Sample(temperature=0.0)):
+        with pytest.raises(ConfigError, match="passes=2 of Evaluation needs a method that draws"):
+            Evaluation(passes=2, method=method)
+
+
+def test_rewards_go_into_rows_and_summary(parts):
+    """Also of prompts without a reference, where nothing else is measured."""
+    prompts = prompts_of(parts[0].tokenizer, [None] * 2)
+    rewards = Rewards({"length": Length(target=4), "format": Format(weight=2.0)})
+    summary, rows = evaluate_prompts(*parts, prompts, Evaluation(max_new_tokens=4), rewards)
+    assert "accuracy" not in summary
+    assert summary["rewards/length/mean"] == -abs(summary["mean_tokens"] - 4) / 4
+    assert [row["rewards/length"] for row in rows] == [-abs(row["n_tokens"] - 4) / 4 for row in rows]
+    assert summary["rewards/length/errors"] == 0
+    assert all(row["reward"] == row["rewards/length"] + 2 * row["rewards/format"] for row in rows)
+
+
+def test_a_masked_answer_has_no_reward(parts):
+    prompts = prompts_of(parts[0].tokenizer, [None] * 2)
+    summary, rows = evaluate_prompts(*parts, prompts, Evaluation(max_new_tokens=4), Rewards({"odd": Odd()}))
+    assert [row["rewards/odd"] for row in rows] == [None, 1.0]
+    assert [row["reward"] for row in rows] == [None, 1.0]
+    assert summary["rewards/odd/errors"] == 1
+    json.dumps(rows)
+
+
+@config
+class Odd(Reward):
+    """Can't judge prompts of an even row."""
+
+    on_error: OnError = "mask"
+
+    def __call__(self, answers, step):
+        assert all(a.answer_ids and a.prompt_ids and len(a.answer_ids) == a.n_tokens for a in answers)
+        return [1.0 if answer.row % 2 else Failed("even") for answer in answers]
+
+
+def test_another_extractor(parts, monkeypatch):
+    canned = types.SimpleNamespace(completions=[Completion("<answer>Red.</answer>", 9), Completion("red", 2)])
+    monkeypatch.setattr(Sampler, "__call__", lambda *args, **settings: canned)
+    prompts = prompts_of(parts[0].tokenizer, ["red", "red"])
+    tagged = evaluate_prompts(*parts, prompts, Evaluation(extractor=Tagged()))[0]
+    whole = evaluate_prompts(*parts, prompts, Evaluation(extractor=Whole()))[0]
+    assert (tagged["accuracy"], whole["accuracy"]) == (0.5, 0.5)
+    assert (tagged["format_accuracy"], whole["format_accuracy"]) == (0.5, 1.0)
 
 
 def test_beam_search_in_an_evaluation(parts):

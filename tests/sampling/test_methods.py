@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 from rlhf.errors import ConfigError
 from rlhf.sampling.draw import CANDIDATES, candidates, draw
 from rlhf.sampling.methods import Greedy, Method, Numbers, Sample, numbers_of
+from rlhf.sampling.rules import Rules, Seen, restrict
 from rlhf.sampling.search import is_kept, search_bounds
 
 DRAW = jax.jit(draw)
@@ -113,14 +114,14 @@ def test_of_equal_tokens_the_first_are_kept(method):
     np.testing.assert_allclose(logprobs, -np.log(100), rtol=1e-5)
 
 
-WIDE = np.random.default_rng(7).normal(0, 1.5, 3000).astype(np.float32)
+WIDE = np.random.default_rng(7).normal(0, 1.5, 600).astype(np.float32)
 BEYOND = [
-    Sample(top_k=300),
-    Sample(top_k=2000),
+    Sample(top_k=100),
+    Sample(top_k=500),
     Sample(top_p=0.9),
-    Sample(top_k=500, top_p=0.8),
-    Sample(top_p=0.95, min_p=0.01),
-    Sample(temperature=2.0, top_k=2999, top_p=0.99),
+    Sample(top_k=300, top_p=0.8),
+    Sample(temperature=1.6, top_p=0.95, min_p=0.005),
+    Sample(temperature=2.0, top_k=599, top_p=0.99),
 ]
 
 
@@ -129,14 +130,54 @@ def test_filters_that_keep_more_than_the_candidates_are_exact(method):
     """Each kept token comes up about as often as it should, no other does, and the log-probabilities say so."""
     p = exact(method, WIDE)
     assert (p > 0).sum() > CANDIDATES
-    tokens, logprobs = draws(method, WIDE, 6000)
+    tokens, logprobs = draws(method, WIDE)
     np.testing.assert_allclose(np.exp(logprobs), p[tokens], rtol=1e-3)
     order = np.argsort(-p)
     groups = np.array_split(order[p[order] > 0], 25)
     counts = np.bincount(tokens, minlength=len(p))
     assert counts[p == 0].sum() == 0
     wanted = np.array([p[g].sum() for g in groups])
-    assert chisquare([counts[g].sum() for g in groups], wanted / wanted.sum() * 6000).pvalue > 0.001
+    assert chisquare([counts[g].sum() for g in groups], wanted / wanted.sum() * N_DRAWS).pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Sample(repetition_penalty=1.8, temperature=0.9), Sample(repetition_penalty=1.3, top_k=9, top_p=0.9)],
+    ids=str,
+)
+@pytest.mark.parametrize("is_too_short", [False, True], ids=["any length", "no end yet"])
+def test_draws_under_penalty_bias_and_minimum_length(method, is_too_short):
+    """The rules of a call change the logits first; what is drawn then follows the exact distribution of these."""
+    held, bias = [3, 17, 17, 30], np.zeros(40, np.float32)
+    bias[[1, 5, 9]] = [2.0, -1.5, -np.inf]
+    logits = LOGITS.copy()
+    for i in set(held):
+        logits[i] = logits[i] / method.repetition_penalty if logits[i] > 0 else logits[i] * method.repetition_penalty
+    logits += bias
+    stops = np.argsort(-logits)[:2]
+    if is_too_short:
+        logits[stops] = -np.inf
+    rules = Rules(jnp.asarray(bias), jnp.zeros(40, bool).at[stops].set(True), jnp.asarray(False))
+    uniforms = np.random.default_rng(2).random((N_DRAWS, 2), np.float32)
+    tokens, logprobs = (np.asarray(x) for x in restricted_draws(rules, tiled(method, N_DRAWS), uniforms, is_too_short))
+    p = exact(method, logits)
+    assert not np.bincount(tokens, minlength=40)[p == 0].any()
+    np.testing.assert_allclose(np.exp(logprobs), p[tokens], rtol=1e-4)
+    is_common = p * N_DRAWS >= 5
+    counts = np.bincount(tokens, minlength=40)
+    observed = np.append(counts[is_common], counts[~is_common].sum())
+    wanted = np.append(p[is_common], p[~is_common].sum()) * N_DRAWS
+    assert chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 0.001
+
+
+@jax.jit
+def restricted_draws(rules, numbers, uniforms, is_too_short):
+    """Draws for rows whose prompt holds 3, 17 and 30 (and a 17 more), which padding follows."""
+    rows = jnp.tile(jnp.asarray(LOGITS)[None], (N_DRAWS, 1))
+    prompts, n = jnp.tile(jnp.array([[3, 17, 1]]), (N_DRAWS, 1)), jnp.full(N_DRAWS, 2)
+    answers = jnp.tile(jnp.array([[17, 30, 5]]), (N_DRAWS, 1))
+    allowed = restrict(rules, numbers, rows, jnp.full(N_DRAWS, is_too_short), Seen(prompts, n, answers, n))
+    return draw(numbers, allowed, uniforms)
 
 
 def test_the_bounds_are_those_of_a_sort():

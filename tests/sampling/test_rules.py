@@ -6,8 +6,8 @@ import pytest
 from test_generate import prompts_of, run, small  # noqa: F401
 
 from rlhf.errors import ConfigError
-from rlhf.sampling.generate import shape_for
 from rlhf.sampling.methods import Greedy, Sample
+from rlhf.sampling.shapes import shape_for
 
 
 def logits_of(small, rows):  # noqa: F811
