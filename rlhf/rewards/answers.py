@@ -11,10 +11,11 @@ from fractions import Fraction
 from rlhf.errors import DataError
 
 MARKER = "####"  # what stands in front of the final answer
+_LONGEST = 1000  # characters behind the marker that are read: a longer number is none
 
 _NUMBER = re.compile(
     r"[ \t*_`(]*"  # emphasis around the number is no part of it
-    r"(?P<sign>[-+\u2212]?)[ \t]*(?:\\?[$€£¥₹][ \t]*)?(?P<late_sign>[-+\u2212]?)"
+    r"(?P<sign>[-+\u2212]?)[ \t]*(?:\\?(?P<currency>[$€£¥₹])[ \t]*)?(?P<late_sign>[-+\u2212]?)"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?P<decimals>\.[0-9]+)?"
     r"(?:[ \t]*/[ \t]*(?P<divisor>[0-9]+))?"
     r"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9])"  # 1,08 and 1.2.3 and 1e5 are no numbers of this form
@@ -33,6 +34,19 @@ def final_answer(text: str, marker: str = MARKER) -> str | None:
     while start > 0 and marker[0].isalnum() and text[start - 1].isalnum():
         start = text.rfind(marker, 0, start)
     return None if start < 0 else _number(text[start + len(marker) :])
+
+
+def leading_number(text: str) -> tuple[str, str, str] | None:
+    """The number that a text begins with, as `final_answer` gives it; what follows it; its currency sign or ""."""
+    found, number = _NUMBER.match(text[:_LONGEST]), _number(text)
+    if found is None or number is None:
+        return None
+    return number, text[found.end() :], found["currency"] or ""
+
+
+def number_value(number: str) -> Fraction:
+    """The value of a result of `final_answer`."""
+    return _value(number)
 
 
 def reference_answer(text: str, marker: str = MARKER) -> str:
@@ -75,8 +89,8 @@ def _value(number: str) -> Fraction:
 
 
 def _number(text: str) -> str | None:
-    found = _NUMBER.match(text)
-    if found is None or (found["sign"] and found["late_sign"]):
+    found = _NUMBER.match(text[:_LONGEST])
+    if found is None or (found["sign"] and found["late_sign"]) or (found.end() == _LONGEST < len(text)):
         return None
     divisor = found["divisor"]
     if divisor is not None and not divisor.strip("0"):
