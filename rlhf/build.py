@@ -1,6 +1,7 @@
 """From the sections of a config to the parts of a run: wiring, no maths."""
 
 import functools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from omegaconf import DictConfig
 
-from rlhf import records
+from rlhf import processes, records
 from rlhf.algorithms.base import Runtime
-from rlhf.algorithms.reference import LiveReference, without_adapter
+from rlhf.algorithms.reference import LiveReference, Remembered, without_adapter
+from rlhf.algorithms.rollouts import Online
 from rlhf.data.batches import Batches, collate, eval_batches, more_prompts
 from rlhf.data.dataset import Part
 from rlhf.data.encode import Examples, Prompt
@@ -21,13 +23,16 @@ from rlhf.errors import ConfigError
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.sharding import place_rows
 from rlhf.model.tokenizer import EMBEDDED, Tokenizer
+from rlhf.rewards.weighted import Rewards
 from rlhf.sampling.evaluate import evaluate_prompts
 from rlhf.sampling.sampler import Sampler
 from rlhf.sampling.samples import sample_rows
+from rlhf.sampling.shapes import Use
 from rlhf.sections import settings
-from rlhf.train.adapters import Beginning, begin
+from rlhf.train.adapters import AdapterRun, Beginning, begin
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.drawn import Drawn
+from rlhf.train.loaded import Loaded, load_model
 from rlhf.train.loop import Job
 from rlhf.train.sources import Source, locate
 
@@ -109,11 +114,34 @@ class Experiment:
         """What generates: for evaluation, samples and rollouts."""
         return Sampler(self.model, self.tokenizer, self.settings.sampling, self.settings.seed)
 
+    @functools.cached_property
+    def reward(self) -> Rewards | None:
+        """What scores answers, with the models loaded that it needs."""
+        chosen = self.settings.reward
+        return None if chosen is None else chosen.connected(self.load_model)
+
+    def load_model(self, checkpoint: str) -> Loaded:
+        """A model beside the run's own; kept for further runs of this process as weights are."""
+        m, h = self.settings.model, self.settings.hardware
+        key = (checkpoint, m.architecture(), h)
+        return self._once(f"model {checkpoint}", key, lambda: load_model(checkpoint, m, h, self.mesh))
+
     def load_or_draw(self, checkpoint: str | None, seed: int) -> dict[str, Any]:
         """The parameters of a checkpoint, or random ones where none is given."""
         m = self.settings.model
         source = Drawn(seed) if checkpoint is None else locate(checkpoint, m.download_timeout)
         return source.load(m.architecture(), self.settings.hardware.param_dtype, self.mesh)
+
+    def start_of(self, checkpoint: str) -> dict[str, Any]:
+        """The parameters that a further component begins with; beside them the adapter alone of a run that trained one
+        of the shape of this run's on the same base."""
+        m, source = self.settings.model, locate(checkpoint, self.settings.model.download_timeout)
+        loaded = self.load_or_draw(checkpoint, self.settings.seed)
+        if not isinstance(source, AdapterRun) or m.trained_lora is None or not m.trained_lora.is_like(source.lora):
+            return loaded
+        if (source.record["base"], source.quantisation) != (self.beginning.base.digest(), m.base_quantisation):
+            return loaded
+        return {**loaded, "adapter": source.load_adapter(m.architecture(), self.mesh)}
 
     def examples(self, part: Part, form: Form) -> Examples:
         data, vision = self.settings.dataset, self.settings.model.architecture().vision
@@ -135,14 +163,16 @@ class Experiment:
 
     def training_job(self) -> Job:
         """Everything a `Trainer` needs, with the data read, the weights loaded and the summary logged."""
-        s, resume = self.settings, self._claim_folder()
+        s, resume = self.settings, processes.from_first(self._claim_folder)
         batches = Batches(self.examples("train", s.algorithm.form), s.algorithm.batch_size, s.seed)
         held_out, parameters = self.held_out(), self.parameters
         if self.tokenizer.path != EMBEDDED:
             records.keep(self.tokenizer.path, self.folder / "tokenizer.model")
         is_new = self.beginning.adapter is None  # one that changes nothing yet: the reference does without
         runtime = self.runtime(without_adapter(parameters) if is_new else parameters, batches, held_out)
-        further = s.algorithm.components(parameters, lambda path: self.load_or_draw(path, s.seed), s.seed)
+        if isinstance(s.algorithm, Online):
+            self.sampler.expect(*self._uses(s.algorithm, batches.examples.prompts))
+        further = s.algorithm.components(parameters, self.start_of, s.seed)
         is_shared = self.keep or isinstance(runtime.reference, LiveReference) or bool(further)
         trainable, frozen = self._divided(parameters)
         trainable |= further
@@ -162,11 +192,23 @@ class Experiment:
             evaluate=self._accuracy_measure(),
             sample=self._sampler(),
             resume=resume,
+            forbid_recompile=s.hardware.forbid_recompile,
             is_noisy="adapter_dropout" in frozen,
         )
         for line in records.summary(job):
             log.info("%s", line)
         return job
+
+    def _uses(self, algorithm: Online, prompts: list[Prompt]) -> list[Use]:
+        """What an online run asks of the sampler, so that few shapes serve all of it: rollouts, accuracy, samples."""
+        s = self.settings
+        slots, most = s.sampling.slots, s.evaluation.max_new_tokens
+        uses = [Use.of(prompts, algorithm.batch_size, algorithm.max_new_tokens, algorithm.group_size, slots)]
+        if held_out := self.prompts(s.evaluation.rows):
+            uses.append(Use.of(held_out, len(held_out), most, s.evaluation.passes, s.evaluation.batch_size))
+        if s.trainer.samples_every and (shown := self.prompts(s.trainer.n_samples)):
+            uses.append(Use.of(shown, 2 * len(shown), most, 1, slots))
+        return uses
 
     def _divided(self, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The components that are trained, and the others."""
@@ -223,14 +265,16 @@ class Experiment:
     def runtime(self, start: dict[str, Any], batches: Batches | None, held_out: dict[str, Any] | None) -> Runtime:
         """What `prepare` may use; the reference, where there is one, has the parameters `start`."""
         s = self.settings
-        runtime = Runtime(self.model, self.tokenizer, generate=self.sampler, reward=s.reward)
+        runtime = Runtime(self.model, self.tokenizer, generate=self.sampler, reward=self.reward)
+        runtime.examples = None if batches is None else batches.examples
         if s.algorithm.form == "prompt" and batches is not None:
             runtime.prompts, runtime.more_prompts = batches.examples, more_prompts(batches.examples, s.seed)
         if not s.algorithm.needs_reference:
             return runtime
         place_inputs = functools.partial(place_rows, mesh=self.mesh)
-        live = LiveReference(self.model, start, s.algorithm.microbatch_size, place_inputs)
-
+        key = {**self.reference_key, "data": "none" if batches is None else batches.fingerprint}
+        rows = s.algorithm.microbatch_size
+        live = LiveReference(self.model, start, rows, place_inputs, self._remembered((key, rows, s.hardware.mesh)))
         if batches is None:
             runtime.reference = live
             return runtime
@@ -242,23 +286,41 @@ class Experiment:
             if held_out is not None:
                 yield held_out
 
-        key = {**self.reference_key, "data": batches.fingerprint}
         runtime.reference = s.algorithm.provide_reference(live, every_batch, key)
         return runtime
 
+    def _remembered(self, key: Any) -> Remembered | None:
+        """What the reference gave before, where its batches come again: not those that are generated anew."""
+        if self.settings.algorithm.form == "prompt":
+            return None
+        return self._once("reference", key, Remembered) if self.keep else Remembered(limit=2**24)
+
     def prompts(self, limit: int | None) -> list[Prompt] | None:
-        """The first prompts of the evaluation split (all, without a limit), or None where there is no such split."""
-        if limit == 0 or not self.settings.dataset.has_eval():
+        """The first prompts of the evaluation split (all, without a limit), or None where there is no such split, or
+        where the model is to grade answers and not to write them."""
+        if limit == 0 or self.settings.algorithm.form == "graded" or not self.settings.dataset.has_eval():
             return None
         return self.examples("eval", "prompt").prompts[:limit]
 
-    def _accuracy_measure(self) -> Callable[[dict], dict[str, float]] | None:
+    def _accuracy_measure(self) -> Callable[[dict, bool], dict[str, float]] | None:
         evaluation = self.settings.evaluation
         prompts = self.prompts(evaluation.rows)
-        if prompts is None or any(prompt.answer is None for prompt in prompts):
+        reward = self.reward
+        if prompts is None or (reward is None and any(prompt.answer is None for prompt in prompts)):
             return None
-        reward = self.settings.reward
-        return lambda params: evaluate_prompts(self.sampler, params, prompts, evaluation, reward)[0]
+
+        def measure(params: dict[str, Any], is_start: bool) -> dict[str, float]:
+            def of_these() -> dict[str, float]:
+                return evaluate_prompts(self.sampler, params, prompts, evaluation, reward)[0]
+
+            return self._once("first answers", self._answers_key(), of_these) if is_start else of_these()
+
+        return measure
+
+    def _answers_key(self) -> str:
+        """What the answers of untrained parameters depend on: runs of a sweep that have it in common begin alike."""
+        names = ("model", "dataset", "evaluation", "sampling", "reward", "hardware", "seed")
+        return json.dumps({name: value for name, value in records.resolved(self.cfg).items() if name in names})
 
     def _sampler(self) -> Callable[[dict, int], list[dict]] | None:
         s = self.settings

@@ -119,6 +119,8 @@ def require_range(
     value = getattr(owner, name)
     if value is None or isinstance(value, jax.core.Tracer):
         return
+    if isinstance(value, jax.Array):
+        value = float(value)  # comparing arrays would compile a program for each comparison
     rules = [
         (at_least is None or value >= at_least, f"at least {at_least:g}" if at_least is not None else ""),
         (at_most is None or value <= at_most, f"at most {at_most:g}" if at_most is not None else ""),

@@ -29,6 +29,8 @@ def of_hydra(error: BaseException, words: list[str] | None = None) -> str | None
         return _unknown_key(error, sys.argv[1:] if words is None else words)
     if isinstance(error, OverrideParseException):
         return f"the override {error.override!r} can't be read: {str(error).splitlines()[-1].strip()}"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return "a group can't be set to null: GROUP=[] chooses none of it, such as reward=[]"
     if isinstance(error, HydraException | SearchPathException | OmegaConfBaseException):
         return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return None
@@ -66,7 +68,7 @@ def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
 
     from rlhf.run import CONF
 
-    groups = [word for word in words if re.fullmatch(r"[a-z_]+=[\w./-]+", word)]
+    groups = [word for word in words if re.fullmatch(r"[a-z_]+=[\w./,\[\]-]+", word)]
     groups = [word for word in groups if not word.startswith(f"{unknown}=")] + _search_path(words)
     is_inside = GlobalHydra.instance().is_initialized()  # of a run, which goes on with Hydra as it is
     hydra = contextlib.nullcontext() if is_inside else initialize_config_dir(CONF, version_base="1.3")

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import messages, sweep
+from rlhf import messages, processes, sweep
 from rlhf.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def main(cfg: DictConfig) -> None:
         else:
             log.exception("the run failed")  # the reason is in this run's log.txt; a sweep goes on to its next job
         sweep.record(job, folder, error=error)
+        processes.fail(error)
         _failures.append(error)
         if is_sweep:
             raise
@@ -86,11 +87,18 @@ def _with_absolute_config_path(words: list[str]) -> list[str]:
     return found
 
 
+def _with_flags_first(words: list[str]) -> list[str]:
+    """`-m` may stand between settings, which Hydra's parser would take for the end of them."""
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    return flags[:1] + [word for word in words if word not in flags]
+
+
 def cli() -> None:
     """The console command: `main`, with every mistake of the user told in one message and no traceback."""
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
-    sys.argv = [sys.argv[0], *_with_absolute_config_path(sys.argv[1:])]
+    words = _with_flags_first(_with_absolute_config_path(sys.argv[1:]))
+    sys.argv = [sys.argv[0], *words, *processes.quiet_words(processes.number_given(words))]
     sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
     try:
         main()
@@ -102,6 +110,7 @@ def cli() -> None:
             sys.exit(f"error: {message}")
     finally:
         sweep.report()
+        processes.leave()
     if _failures:
         sys.exit(1)
 

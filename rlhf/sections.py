@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.algorithms.base import Algorithm
-from rlhf.data.dataset import Dataset
+from rlhf.data.dataset import Data
 from rlhf.errors import ConfigError, nearest
 from rlhf.model.settings import ModelSettings
 from rlhf.rewards.base import Reward
+from rlhf.rewards.weighted import Rewards
 from rlhf.sampling.evaluate import Evaluation
 from rlhf.sampling.settings import SamplingSettings
 from rlhf.train.hardware import Hardware
@@ -61,8 +62,8 @@ class Settings:
 
     model: ModelSettings
     algorithm: Algorithm
-    dataset: Dataset
-    reward: Reward | None
+    dataset: Data
+    reward: Rewards | None
     hardware: Hardware
     trainer: TrainerSettings
     evaluation: Evaluation
@@ -89,14 +90,29 @@ def settings(cfg: DictConfig) -> Settings:
     return Settings(
         model=section(cfg, "model", ModelSettings),
         algorithm=section(cfg, "algorithm", Algorithm),
-        dataset=section(cfg, "dataset", Dataset),
-        reward=None if cfg.reward is None else section(cfg, "reward", Reward),
+        dataset=section(cfg, "dataset", Data),
+        reward=_rewards(cfg),
         hardware=section(cfg, "hardware", Hardware),
         trainer=section(cfg, "trainer", TrainerSettings),
         evaluation=section(cfg, "evaluation", Evaluation),
         sampling=section(cfg, "sampling", SamplingSettings),
         seed=cfg.seed,
     )
+
+
+def _rewards(cfg: DictConfig) -> Rewards | None:
+    """The rewards chosen, by name: each yaml of the group puts its reward under a key of its own."""
+    if not cfg.reward:
+        return None
+    if "_target_" not in cfg.reward:
+        return Rewards({str(name): section(cfg, f"reward.{name}", Reward) for name in cfg.reward})
+    if any(OmegaConf.is_dict(node) for node in cfg.reward.values()):
+        raise ConfigError(
+            f"reward: the yaml of {cfg.reward._target_} must begin with `# @package reward.<its name>`, so that it can "
+            "stand in a list beside others"
+        )
+    only = section(cfg, "reward", Reward)
+    return Rewards({type(only).__name__.lower(): only})
 
 
 def _require_read(cfg: DictConfig) -> None:

@@ -23,7 +23,7 @@ DEFINING = ["task", "model", "algorithm", "dataset", "reward", "hardware"]  # th
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 
 # a conversation, a preference, an unpaired row or a question
-FORMS = {"conversation": "sft", "preference": "dpo", "unpaired": "kto", "prompt": "sft"}
+FORMS = {"conversation": "sft", "preference": "dpo", "unpaired": "kto", "graded": "reward_model", "prompt": "sft"}
 
 
 def composed(*words: str) -> DictConfig:
@@ -50,9 +50,15 @@ def test_every_choice_composes_and_builds(group, choice):
         rows = OmegaConf.load(CONFIGS / group / f"{choice}.yaml").get("rows", {})
         form = get_class(rows["_target_"]).form if rows else "conversation"
         words.append(f"algorithm={FORMS[form]}")
+    if group == "algorithm":
+        target = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")["_target_"]
+        words += ["reward=gsm8k"] if get_class(target).form == "prompt" else []
+    if choice == "judge":
+        words.append("reward.judge.checkpoint=something")  # who judges has no default
     settings = sections.settings(composed(*words))
     part = getattr(settings, group, None)
     if group in ("model", "algorithm", "dataset", "reward", "hardware"):
+        part = part.parts[choice] if group == "reward" else part
         target = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")["_target_"]
         assert type(part) is get_class(target)
 
@@ -86,8 +92,9 @@ def test_every_key_is_an_argument_and_every_argument_a_key():
     for path in sorted(CONFIGS.rglob("*.yaml")):
         for place, node in nodes(OmegaConf.to_container(OmegaConf.load(path), resolve=False)):
             arguments = {field.name for field in dataclasses.fields(get_class(node["_target_"]))}
-            if arguments != node.keys() - {"_target_"}:
-                wrong.append(f"{path.name}{place}: {sorted(arguments ^ (node.keys() - {'_target_'}))}")
+            keys = node.keys() - {"_target_", "defaults"}
+            if arguments != keys:
+                wrong.append(f"{path.name}{place}: {sorted(arguments ^ keys)}")
     assert not wrong, "\n".join(wrong)
 
 

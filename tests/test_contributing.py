@@ -28,14 +28,14 @@ def test_examples_run(words, command, small, tmp_path):
     ]
     done = command(*typed, *quick, "hydra.run.dir=run")
     assert done.code == 0, done.output
-    if "reward=shouting" in typed:
+    if "reward=[shouting,gsm8k]" in typed:
         assert "rewards/shouting/mean" in done.output
 
 
-@pytest.mark.parametrize("group", ["algorithm", "model", "dataset"])
+@pytest.mark.parametrize("group", ["algorithm", "model", "dataset", "reward"])
 def test_the_readme_lists_every_choice(group):
     root = Path(__file__).resolve().parents[1]
-    section = {"algorithm": "Algorithms", "model": "Models", "dataset": "Data"}[group]
+    section = {"algorithm": "Algorithms", "model": "Models", "dataset": "Data", "reward": "Rewards"}[group]
     text = (root / "README.md").read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert listed == {path.stem for path in (root / "conf" / group).glob("*.yaml")}

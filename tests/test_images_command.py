@@ -30,7 +30,7 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
 def test_the_embedded_pictures_train(command, tmp_path, algorithm):
     done = command(*TINY, *PICTURES, f"algorithm={algorithm}", "hydra.run.dir=run")
     assert done.code == 0, done.output

@@ -187,7 +187,8 @@ def test_a_run_on_several_devices_goes_on_too(command, small, tmp_path):
         *small, *mesh, *WORDS[:2], "model.heads=4", "model.kv_heads=2", "trainer.max_steps=4",
         "trainer.eval_rows=3", "evaluation.rows=0",  # three rows on four parts of the mesh
     ]  # fmt: skip
-    assert command(*words, "hydra.run.dir=whole").code == 0
+    whole = command(*words, "hydra.run.dir=whole")
+    assert whole.code == 0, whole.output
     first = command(*words, "trainer.checkpoint_every=2", "hydra.run.dir=cut")
     assert first.code == 0, first.output
     assert "devices: 8 of 8 × cpu (cpu) as 2 data × 2 fsdp × 2 tensor" in first.output

@@ -121,9 +121,18 @@ def test_no_number_of_an_algorithm_compiles_again(command, small, tmp_path, algo
     assert metrics(tmp_path / "second") != metrics(tmp_path / "first")
 
 
-def test_a_swept_run_equals_the_same_run_alone(command, words, tmp_path):
+def test_a_swept_run_equals_the_same_run_alone(command, words, tmp_path, monkeypatch):
+    answered, evaluate = [], build.evaluate_prompts
+
+    def counting(*arguments, **settings):
+        answered.append(evaluate(*arguments, **settings))
+        return answered[-1]
+
+    monkeypatch.setattr(build, "evaluate_prompts", counting)
     words = [*words, "algorithm.learning_rate=1e-4", "trainer.checkpoint_every=2", "trainer.samples_every=2"]
-    assert command("-m", *words, "algorithm.beta=0.5,0.1", "hydra.sweep.dir=sweep").code == 0
+    words += ["evaluation.rows=2", "evaluation.max_new_tokens=4"]
+    assert command(*words, "-m", "algorithm.beta=0.5,0.1", "hydra.sweep.dir=sweep").code == 0  # -m stands anywhere
+    assert len(answered) == 3  # the parameters that both begin with once, what each of them ends with
     assert command(*words, "algorithm.beta=0.1", "hydra.run.dir=alone").code == 0
     swept = tmp_path / "sweep" / "1"
     assert metrics(swept) == metrics(tmp_path / "alone")

@@ -24,7 +24,7 @@ from rlhf.ops.optimizers import AdamW, Cosine, Optimizer, Schedule
 Batch = dict[str, Any]
 Params = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-Form = Literal["conversation", "preference", "unpaired", "prompt"]
+Form = Literal["conversation", "preference", "unpaired", "graded", "prompt"]
 
 
 @dataclasses.dataclass
@@ -54,7 +54,8 @@ class Runtime:
         gives `n` answers to each prompt with their log-probabilities; the noise depends on the seed, the step, the
         prompt's row, the number of the answer and the position.
     reward: a `rlhf.rewards.weighted.Rewards`: `reward(answers, step)` gives their scores.
-    prompts: the training rows as `Examples`, where the algorithm's form is `prompt`.
+    examples: the training rows as `Examples`, in a training run.
+    prompts: the same, where the algorithm's form is `prompt`.
     more_prompts: `more_prompts(start, n)`: n prompts from place `start` of a second endless order of the training rows,
         for an algorithm that needs more than its batch. It keeps the place in `memory`.
     memory: arrays an algorithm keeps between steps (a running mean, an adaptive coefficient, a moving reference). Empty
@@ -67,6 +68,7 @@ class Runtime:
     reference: Any = None
     generate: Callable | None = None
     reward: Callable | None = None
+    examples: Any = None
     prompts: Any = None
     more_prompts: Callable[[int, int], list] | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -110,17 +112,17 @@ class Algorithm:
 
     def require_divisible(self) -> None:
         """Check that minibatches and microbatches divide the rows without rest."""
-        n_rows, told = self.rows_per_batch, f"algorithm.batch_size={self.batch_size}"
+        n_rows, told = self.rows_per_batch, f"batch_size={self.batch_size}"
         if n_rows != self.batch_size:
             told += f" × {n_rows // self.batch_size} = {n_rows} rows"
         if n_rows % self.minibatches:
-            raise ConfigError(f"{told} must be a multiple of algorithm.minibatches={self.minibatches}")
+            raise ConfigError(f"algorithm.{told} must be a multiple of algorithm.minibatches={self.minibatches}")
         rows = n_rows // self.minibatches
         if rows % self.microbatch_size:
             divisors = [d for d in range(1, rows + 1) if rows % d == 0 and d <= self.microbatch_size]
             raise ConfigError(
                 f"algorithm.microbatch_size={self.microbatch_size} must divide the {rows} rows of an optimizer step "
-                f"({told} / minibatches {self.minibatches}); try {divisors[-1]}"
+                f"({told.replace('=', ' ', 1)} / minibatches {self.minibatches}); try {divisors[-1]}"
             )
 
     @property
@@ -173,6 +175,15 @@ class Algorithm:
 
     def finish(self, runtime: Runtime, params: Params, seed: int) -> Params:
         """Components as they should be after the last step; called before the last checkpoint. {}: as they are."""
+        return {}
+
+    def report(
+        self, rows: Sequence[Mapping[str, float]], groups: Sequence[str] | None, params: Params
+    ) -> dict[str, Any]:
+        """What an evaluation says besides the means of the metrics, as JSON values.
+
+        rows: the metrics of each held-out row as if it were alone. groups: what each row is counted under, if anything.
+        """
         return {}
 
     def expected_first_loss(self) -> float | None:

@@ -5,6 +5,7 @@ Frozen weights, a reference that follows the policy, log-probabilities from a fi
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rlhf import processes
 from rlhf.algorithms.base import Batch, Params, Runtime
 from rlhf.algorithms.reference_cache import CachedReference, cache_file, precompute
 from rlhf.config import Number, config, require_range
 from rlhf.model.lora import COMPONENTS
+from rlhf.model.sharding import whole
 
 # what a text model reads of a batch, where it is there
 MODEL_INPUTS = (
@@ -31,6 +34,33 @@ def _token_logprobs(model: Any, params: Params, inputs: Batch, temperature: Numb
     return model.token_logprobs(params, inputs, temperature)
 
 
+class Remembered:
+    """Log-probabilities of batches that come again: the held-out one, and all in the further runs of a sweep.
+
+    Whole batches, not rows: the same batch in the same slices has the same numbers to the last bit.
+
+    limit: bytes; what would go beyond it is not kept.
+    """
+
+    def __init__(self, limit: int = 256 * 2**20):
+        self.limit = limit
+        self._known: dict[bytes, Array] = {}
+        self._n_bytes = 0
+
+    def get(self, inputs: Batch, temperature: Number, score: Callable[[], Array]) -> Array:
+        """The log-probabilities of these inputs, from `score` if they are new."""
+        digest = hashlib.blake2b(str(float(temperature)).encode())
+        for name in sorted(inputs):
+            digest.update(name.encode() + np.asarray(inputs[name]).tobytes())
+        key = digest.digest()
+        if key in self._known:
+            return self._known[key]
+        scored = score()
+        if self._n_bytes + scored.nbytes <= self.limit:
+            self._known[key], self._n_bytes = scored, self._n_bytes + scored.nbytes
+        return scored
+
+
 @dataclasses.dataclass(frozen=True)
 class LiveReference:
     """A model with weights; no gradient flows into it.
@@ -39,27 +69,33 @@ class LiveReference:
     params: the weights. Under LoRA the policy's base, the very arrays: no second copy of it exists.
     rows: rows scored at once, so that memory does not grow with the batch (the algorithm's microbatch_size).
     place: puts the inputs of such a slice onto the devices; by default they go where JAX puts them.
+    remembered: what these weights gave before, where batches come again.
     """
 
     model: Any
     params: Params
     rows: int
     place: Callable[[Batch], Batch] = lambda inputs: inputs
+    remembered: Remembered | None = None
 
     def with_params(self, params: Params) -> "LiveReference":
         """The same model, slicing and placement with other weights, such as the policy's of this moment."""
-        return dataclasses.replace(self, params=params)
+        return dataclasses.replace(self, params=params, remembered=None)
 
     def token_logprobs(self, batch: Batch, temperature: Number = 1.0) -> Float[Array, "..."]:
         """Log-probability of each token given those before it, in nats; same shape as `batch["tokens"]`.
 
         temperature: what logits are divided by; that of the rollout, where the tokens come from one.
         """
-        n_rows = batch["tokens"].shape[0]
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        if self.remembered is None:
+            return self._scored(inputs, temperature)
+        return self.remembered.get(inputs, temperature, lambda: self._scored(inputs, temperature))
+
+    def _scored(self, inputs: Batch, temperature: Number) -> Float[Array, "..."]:
+        n_rows, by = inputs["tokens"].shape[0], jnp.float32(temperature)
         slices = [{k: v[at : at + self.rows] for k, v in inputs.items()} for at in range(0, n_rows, self.rows)]
-        by = jnp.float32(temperature)
-        scored = [_token_logprobs(self.model, self.params, self.place(part), by) for part in slices]
+        scored = [whole(_token_logprobs(self.model, self.params, self.place(part), by)) for part in slices]
         return scored[0] if len(scored) == 1 else jnp.concatenate(scored)
 
 
@@ -160,4 +196,5 @@ class Precomputed(Reference):
         path = cache_file(Path(self.cache_dir), key)
         if not path.exists():
             precompute(live, batches(), path, key)
+        processes.from_first(lambda: None)  # by now the first has written it
         return CachedReference.load(path, key, live, sample=next(iter(batches())))

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from rlhf import processes
 from rlhf.errors import CheckpointError, DataError
 
 TOLERANCE = 0.02  # nats per token, on average: above the noise of bfloat16, far below another model's difference
@@ -66,6 +67,8 @@ def precompute(reference: Scorer, batches: Iterable[dict[str, Any]], path: Path,
         "lengths": np.fromiter(map(len, found.values()), np.int32, len(found)),
         "logprobs": np.concatenate(list(found.values()) or [np.zeros(0, np.float32)]),
     }
+    if not processes.is_first():
+        return
     header = json.dumps({"key": dict(key), "checksum": _checksum(arrays)}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")

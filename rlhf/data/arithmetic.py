@@ -9,14 +9,14 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.config import config
 from rlhf.data.chains import KINDS, SPLITS, Chain, Split, chains
 from rlhf.data.dataset import Part
 from rlhf.data.examples import Form
 from rlhf.data.generated import Generated
-from rlhf.data.rows import Conversations, Preferences, Questions, RowFormat
+from rlhf.data.rows import Conversations, Judgements, Preferences, Questions, RowFormat, Scores
 from rlhf.data.sources import RawRow
 from rlhf.data.stories import FAULTS, SYSTEM, Fault, Story, pick, solve, spoil, tell
 
@@ -24,7 +24,13 @@ _KIND_OF_ROW: dict[Form, str] = {
     "conversation": "conversations",
     "preference": "preferences",
     "unpaired": "preferences",
+    "graded": "preferences",
     "prompt": "problems",
+}
+_GRADED: dict[str, RowFormat] = {
+    "pair": Preferences(margin=("rating_chosen", "rating_rejected")),
+    "label": Judgements(prompt="prompt", answer="completion", label="label"),
+    "score": Scores(prompt="prompt", answer="completion", score="score"),
 }
 _RATINGS: dict[Fault, int] = {"wrong_step": 1, "wrong_number": 1, "missing_format": 2, "rambling": 3}
 
@@ -85,11 +91,18 @@ def preferences(split: Split, n_rows: int, seed: int = 0) -> list[dict[str, Any]
 
 @config
 class Arithmetic(Generated):
-    """The embedded word problems; they serve every form that an algorithm can ask for."""
+    """The embedded word problems; they serve every form that an algorithm can ask for.
+
+    grades: what graded rows are: a pair of answers, one answer that is good or bad, or one with its rating.
+    """
 
     splits = SPLITS
 
+    grades: Literal["pair", "label", "score"] = "pair"
+
     def row_format(self, form: Form) -> RowFormat:
+        if form == "graded":
+            return _GRADED[self.grades]
         if form == "prompt":
             return Questions(question="question", answer="answer", answer_pattern=r"####\s*(-?\d+)")
         return Conversations() if form == "conversation" else Preferences()
@@ -99,8 +112,22 @@ class Arithmetic(Generated):
         kind = _KIND_OF_ROW[form]
         make = {"conversations": conversations, "preferences": preferences, "problems": problems}[kind]
         rows = make(split, self.n_rows(part), self.seed)
+        if form == "graded" and self.grades != "pair":
+            kind, rows = f"{self.grades}s", [_one_answer(number, fields) for number, fields in enumerate(rows)]
         for number, fields in enumerate(rows):
             yield RawRow(f"arithmetic {split} {kind} row {number}", fields)
+
+
+def _one_answer(number: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """The right answer of every even preference row, the spoilt one of every odd one, as a row of its own."""
+    side = "chosen" if number % 2 == 0 else "rejected"
+    return {
+        "prompt": fields["prompt"],
+        "completion": fields[side][-1]["content"],
+        "label": side == "chosen",
+        "score": fields[f"rating_{side}"],
+        "model": fields[f"{side}_model"],
+    }
 
 
 def _one_turn(chain: Chain, story: Story) -> list[dict[str, str]]:

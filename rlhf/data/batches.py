@@ -10,13 +10,15 @@
 | `images` | uint8 | [batch, slots, size, size, 3] | where a row of the batch has one; slots without are black |
 | `soft_tokens` | int32 | [batch, time] | with `images`: 1 + slot · tokens_per_image + j; 0: text |
 | `is_desirable` | bool | [batch] | unpaired: the answer is a good one |
+| `value` | float32 | [batch] | graded: by how much the chosen answer is better (0: not known); a label; a score |
+| `kind` | int32 | [batch] | graded, where not all rows are pairs: which of these (`rlhf.data.examples.Grade`) |
 | `joint_tokens` ... | | | preferences: the pair in one row (`joint.py`) |
 | `kl_tokens` ... | | [batch, time] | unpaired: the row's prompt with another row's answer; the same arrays |
 
 Prompts have `row` and `prompts`, a list of `rlhf.data.encode.Prompt`: who answers them makes the rest.
 
 Preferences have a second axis of two, chosen and rejected: `tokens` is [batch, 2, time]; `images` are those of the
-prompt, once.
+prompt, once. So have graded rows; a row with a single answer has it in the first place and padding in the second.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from rlhf.data.encode import Examples, Prompt, TokenRow
+from rlhf.data.encode import TWO_SIDED, Examples, Prompt, TokenRow, both_sides
 from rlhf.data.images import load_images
 from rlhf.data.joint import join
 from rlhf.errors import ConfigError
@@ -127,25 +129,34 @@ def _token_batch(examples: Examples, packs: Sequence[tuple[int, ...]], batch_siz
         batch["images"] = load_images(shown, examples.n_slots, examples.vision.image_size)
     for place, pack in enumerate(packs):
         batch["row"][place] = pack[0]
-        if examples.form == "preference":
-            for side in (0, 1):
-                _write(batch, (place, side), [examples.sequences[pack[0]][side]])
+        if examples.form in TWO_SIDED:
+            for side, row in enumerate(examples.sequences[pack[0]]):
+                _write(batch, (place, side), [row])
         else:
             _write(batch, (place,), [examples.sequences[index][0] for index in pack])
     if examples.n_joint is not None:
         sides = [examples.sequences[pack[0]] for pack in packs]
-        pairs = [(chosen.tokens, rejected.tokens) for chosen, rejected in sides]
-        soft_tokens = [chosen.soft_tokens for chosen, _ in sides] if has_images else None
+        pairs = [both_sides(rows) for rows in sides]
+        soft_tokens = [rows[0].soft_tokens for rows in sides] if has_images else None
         batch |= join(pairs, examples.n_joint, examples.n_time, batch_size, examples.pad, soft_tokens)
     if examples.form == "unpaired":
         batch["is_desirable"] = np.zeros(batch_size, bool)
         batch["is_desirable"][: len(packs)] = [examples.is_desirable[pack[0]] for pack in packs]
         batch |= _mismatched(examples, [pack[0] for pack in packs], batch_size, has_images)
+    if examples.form == "graded":
+        batch |= _grades(examples, [pack[0] for pack in packs], batch_size)
     return batch
 
 
+def _grades(examples: Examples, rows: Sequence[int], batch_size: int) -> Batch:
+    grades = {"kind": np.zeros(batch_size, np.int32), "value": np.zeros(batch_size, np.float32)}
+    for place, row in enumerate(rows):
+        grades["kind"][place], grades["value"][place] = examples.grades[row]
+    return grades if examples.is_mixed else {"value": grades["value"]}
+
+
 def _empty(examples: Examples, batch_size: int, has_images: bool) -> Batch:
-    shape = (batch_size, 2, examples.n_time) if examples.form == "preference" else (batch_size, examples.n_time)
+    shape = (batch_size, 2, examples.n_time) if examples.form in TWO_SIDED else (batch_size, examples.n_time)
     soft_tokens = {"soft_tokens": np.zeros(shape, np.int32)} if has_images else {}
     return soft_tokens | {
         "tokens": np.full(shape, examples.pad, np.int32),

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import hashlib
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
@@ -28,9 +29,38 @@ log = logging.getLogger(__name__)
 Part = Literal["train", "eval"]
 
 
+class Data:
+    """Rows for training and for evaluation: what a run needs of them."""
+
+    @abstractmethod
+    def has_eval(self) -> bool:
+        """Whether `load("eval", ...)` has rows to give, as far as can be told without reading any."""
+
+    @abstractmethod
+    def check(self, form: Form) -> None:
+        """Whether the rows can serve an algorithm that asks for `form`; reads nothing.
+
+        Raises:
+            ConfigError: they can't.
+        """
+
+    @abstractmethod
+    def load(self, part: Part, form: Form, tokenizer: Tokenizer, vision: Vision | None = None) -> Examples:
+        """The rows of a split, encoded.
+
+        part: "train" or "eval".
+        form: what the algorithm asks for.
+        vision: the tower that sees their images; None: there is none.
+
+        Raises:
+            DataError: a row, a file or a set that can't be used; names it and the reason.
+            ConfigError: rows of this dataset can't be turned into `form`.
+        """
+
+
 @config
-class Dataset:
-    """Settings that every dataset has.
+class Dataset(Data):
+    """Settings that every dataset of one source has.
 
     max_length: tokens of the longest row that is used (of the longest prompt, where there are only prompts).
     on_long: what happens to a longer one: an error, it is left out, or it is cut: the prompt loses its oldest turns and
@@ -80,7 +110,6 @@ class Dataset:
         raise NotImplementedError
 
     def has_eval(self) -> bool:
-        """Whether `load("eval", ...)` has rows to give, as far as can be told without reading any."""
         return True
 
     def held_out(self) -> float:
@@ -88,11 +117,6 @@ class Dataset:
         return 0.0
 
     def check(self, form: Form) -> None:
-        """Whether rows of this dataset can serve an algorithm that asks for `form`; reads nothing.
-
-        Raises:
-            ConfigError: they can't.
-        """
         check_conversion(self.row_format(form).form, form)
 
     def examples(self, part: Part, form: Form, vision: Vision | None = None) -> list[tuple[Source, Example]]:
@@ -132,16 +156,6 @@ class Dataset:
         return found[:limit]
 
     def load(self, part: Part, form: Form, tokenizer: Tokenizer, vision: Vision | None = None) -> Examples:
-        """The rows of a split, encoded.
-
-        part: "train" or "eval".
-        form: what the algorithm asks for.
-        vision: the tower that sees their images; None: there is none.
-
-        Raises:
-            DataError: a row, a file or a set that can't be used; names it and the reason.
-            ConfigError: rows of this dataset can't be turned into `form`.
-        """
         with _without_garbage_collection():
             return encode(self.examples(part, form, vision), form, tokenizer, self, part, vision)
 

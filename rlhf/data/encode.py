@@ -1,6 +1,7 @@
 """Examples to token ids with masks, once. Which tokens count is decided here and nowhere later."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from rlhf.data import joint
-from rlhf.data.examples import Conversation, Example, Form, Judged, Preference, Question
+from rlhf.data.examples import PAIR, Conversation, Example, Form, Grade, Judged, Preference, Question, Scored, grade_of
 from rlhf.data.images import Picture
 from rlhf.data.packing import pack
 from rlhf.data.truncate import shorten
@@ -21,6 +22,7 @@ from rlhf.model.vision import Vision
 
 log = logging.getLogger(__name__)
 
+TWO_SIDED: tuple[Form, ...] = ("preference", "graded")  # forms whose rows have a chosen and a rejected answer
 ROUND_TO = 32  # the time axis is a multiple of this, so that one shape serves a run
 CHUNK = 8192  # examples whose ids are Python integers at the same time, each nine times the size of an array's
 
@@ -91,6 +93,7 @@ class Examples:
     packs: the examples that share a row of a batch; one each unless packed.
     prompts: of the form "prompt": one for each example.
     is_desirable: of the form "unpaired": one for each example.
+    grades: of the form "graded": one for each example.
     sources: one for each example.
     pictures: of each example, in the order of its soft tokens; both answers to a prompt have the same.
     n_slots: pictures that a row of a batch has room for; 0: there are none.
@@ -107,6 +110,7 @@ class Examples:
     packs: list[tuple[int, ...]]
     prompts: list[Prompt]
     is_desirable: list[bool]
+    grades: list[Grade]
     sources: list[Source]
     pictures: list[tuple[Picture, ...]]
     n_slots: int
@@ -120,6 +124,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @functools.cached_property
+    def is_mixed(self) -> bool:
+        """Whether some rows hold a single answer where others hold two."""
+        return any(grade.kind != PAIR for grade in self.grades)
 
 
 def encode(
@@ -183,9 +192,9 @@ def _conversations(example: Example) -> list[tuple[Message, ...]]:
     match example:
         case Conversation(messages):
             return [messages]
-        case Preference(prompt, chosen, rejected):
+        case Preference(prompt, chosen, rejected, _):
             return [(*prompt, Message("assistant", answer)) for answer in (chosen, rejected)]
-        case Judged(prompt, answer, _):
+        case Judged(prompt, answer, _) | Scored(prompt, answer, _):
             return [(*prompt, Message("assistant", answer))]
         case Question(prompt, _, _):
             return [prompt]
@@ -239,6 +248,7 @@ def _assemble(
         if isinstance(example, Question)
     ]
     is_desirable = [example.is_desirable for _, example in kept if isinstance(example, Judged)]
+    grades = [grade_of(example) for _, example in kept] if form == "graded" else []
     n_time = min(settings.max_length, _rounded(longest))
     return Examples(
         form=form,
@@ -246,16 +256,17 @@ def _assemble(
         packs=packs,
         prompts=prompts,
         is_desirable=is_desirable,
+        grades=grades,
         sources=[source for source, _ in kept],
         pictures=pictures,
         n_slots=max(sum(len(pictures[index]) for index in group) for group in packs),
         vision=vision,
         n_time=n_time,
-        n_joint=_joint_time(rows, n_time) if settings.share_prompt and form == "preference" else None,
+        n_joint=_joint_time(rows, n_time) if settings.share_prompt and form in TWO_SIDED else None,
         pad=tokenizer.pad,
         n_dropped=n_long[0],
         n_truncated=n_long[1],
-        fingerprint=_fingerprint(form, rows, packs, is_desirable, pictures),
+        fingerprint=_fingerprint(form, rows, packs, is_desirable, grades, pictures),
     )
 
 
@@ -265,8 +276,13 @@ def _rounded(n_tokens: int) -> int:
 
 def _joint_time(rows: list[tuple[TokenRow, ...]], n_time: int) -> int | None:
     """The time axis of rows that hold both answers of a pair, where they are short enough to be worth it."""
-    n_joint = _rounded(max(joint.joint_length((chosen.tokens, rejected.tokens)) for chosen, rejected in rows))
+    n_joint = _rounded(max(joint.joint_length(both_sides(row)) for row in rows))
     return n_joint if n_joint <= joint.WORTH * 2 * n_time else None
+
+
+def both_sides(rows: tuple[TokenRow, ...]) -> joint.Pair:
+    """The tokens of an example's two answers; a graded row with a single one has an empty second."""
+    return rows[0].tokens, rows[1].tokens if len(rows) > 1 else rows[0].tokens[:0]
 
 
 def _fingerprint(
@@ -274,6 +290,7 @@ def _fingerprint(
     rows: list[tuple[TokenRow, ...]],
     packs: list[tuple[int, ...]],
     is_desirable: list[bool],
+    grades: list[Grade],
     pictures: list[tuple[Picture, ...]],
 ) -> str:
     """sha256 over everything that reaches a batch."""
@@ -284,6 +301,7 @@ def _fingerprint(
     digest.update(np.packbits(np.concatenate([row.is_answer for row in flat])).tobytes())
     digest.update(np.array([index for group in packs for index in (*group, -1)], np.int64).tobytes())
     digest.update(np.array(is_desirable, bool).tobytes())
+    digest.update(np.array(grades, np.float64).tobytes())
     for index, shown in enumerate(pictures):
         digest.update("".join(f"{index} {picture.key}\n" for picture in shown).encode())
     return digest.hexdigest()

@@ -5,13 +5,13 @@ Also what makes one of them bad, and how one is turned into another. Text only; 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.chat import Message, check_turns
 from rlhf.model.tokenizer import refuse_lone_surrogates
 
-Form = Literal["conversation", "preference", "unpaired", "prompt"]
+Form = Literal["conversation", "preference", "unpaired", "graded", "prompt"]
 Messages = tuple[Message, ...]
 
 
@@ -24,11 +24,12 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, the better one first."""
+    """Two answers to one prompt, the better one first. margin: by how much, where that is known."""
 
     prompt: Messages
     chosen: str
     rejected: str
+    margin: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Judged:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scored:
+    """One answer and its score."""
+
+    prompt: Messages
+    answer: str
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Question:
     """A prompt; solution: a full answer; reference: what is checked of it (a number, an option), both if known."""
 
@@ -49,7 +59,32 @@ class Question:
     reference: str | None = None
 
 
-Example = Conversation | Preference | Judged | Question
+Example = Conversation | Preference | Judged | Scored | Question
+
+PAIR, LABEL, SCORE = 0, 1, 2  # kinds of grades
+
+
+class Grade(NamedTuple):
+    """What a row of the form `graded` says of its answers.
+
+    kind: PAIR: the first of two is better, by `value` (0 where that is not known). LABEL: the only one is good (1) or
+    bad (0). SCORE: the only one is worth `value`.
+    """
+
+    kind: int
+    value: float
+
+
+def grade_of(example: Example) -> Grade:
+    """The grade that an example of the form `graded` gives."""
+    match example:
+        case Preference(_, _, _, margin):
+            return Grade(PAIR, 0.0 if margin is None else margin)
+        case Judged(_, _, is_desirable):
+            return Grade(LABEL, float(is_desirable))
+        case Scored(_, _, score):
+            return Grade(SCORE, score)
+    raise AssertionError(f"{type(example).__name__} has no grade")
 
 
 def check(example: Example) -> None:
@@ -64,13 +99,13 @@ def check(example: Example) -> None:
             _check_messages(messages)
             if messages[-1].role != "assistant":
                 raise DataError("the last turn is the user's: there is no answer to learn")
-        case Preference(prompt, chosen, rejected):
+        case Preference(prompt, chosen, rejected, _):
             _check_prompt(prompt)
             _check_answer(chosen, "chosen answer")
             _check_answer(rejected, "rejected answer")
             if chosen.strip() == rejected.strip():
                 raise DataError("the chosen and the rejected answer are equal")
-        case Judged(prompt, answer, _):
+        case Judged(prompt, answer, _) | Scored(prompt, answer, _):
             _check_prompt(prompt)
             _check_answer(answer, "answer")
         case Question(prompt, solution, _):
@@ -129,6 +164,10 @@ def _both_answers(example: Preference) -> list[Example]:
     return [Judged(example.prompt, example.chosen, True), Judged(example.prompt, example.rejected, False)]
 
 
+def _unchanged(example: Example) -> list[Example]:
+    return [example]
+
+
 def _worked(example: Question) -> list[Example]:
     if example.solution is None:
         raise DataError("the row has a prompt but no answer to train on")
@@ -147,6 +186,9 @@ _CONVERSIONS: dict[tuple[Form, Form], tuple[str, Callable[..., list[Example]]]] 
     ("conversation", "prompt"): ("the last answer is left out", _prompt_alone),
     ("prompt", "conversation"): ("question and answer are one exchange", _worked),
     ("unpaired", "prompt"): ("the answers are left out", _prompt_alone),
+    ("preference", "graded"): ("the chosen answer is better than the rejected one", _unchanged),
+    ("unpaired", "graded"): ("an answer is good or bad", _unchanged),
+    ("graded", "prompt"): ("the answers and their scores are left out", _prompt_alone),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rlhf.config import config
-from rlhf.data.examples import Conversation, Example, Form, Judged, Messages, Preference, Question
+from rlhf.data.examples import Conversation, Example, Form, Judged, Messages, Preference, Question, Scored
 from rlhf.data.pictures import image_of_part
 from rlhf.data.transcripts import is_transcript, parse_transcript
 from rlhf.errors import ConfigError, DataError
@@ -71,6 +71,8 @@ class Preferences(RowFormat):
     chosen, rejected: their columns: message lists or `\n\nHuman:` text, whole dialogues that differ in the last turn
         only; or, with `prompt`, the answers alone.
     prompt: the column of what both answer: text, `\n\nHuman:` text or a message list; null: it is what they share.
+    margin: the column of how much better the chosen one is, or the two columns of what chosen and rejected are worth;
+        null: it is not known.
     role, content: the two keys of each message.
     """
 
@@ -79,6 +81,7 @@ class Preferences(RowFormat):
     chosen: str = "chosen"
     rejected: str = "rejected"
     prompt: str | None = None
+    margin: str | tuple[str, str] | None = None
     role: str = "role"
     content: str = "content"
 
@@ -92,7 +95,14 @@ class Preferences(RowFormat):
                 f"{self.chosen!r} and {self.rejected!r} differ before the last answer, at turn {turn}: "
                 "there is no shared prompt"
             )
-        return Preference(chosen[:-1], chosen[-1].content, rejected[-1].content)
+        return Preference(chosen[:-1], chosen[-1].content, rejected[-1].content, self._margin(fields))
+
+    def _margin(self, fields: Mapping[str, Any]) -> float | None:
+        if self.margin is None:
+            return None
+        columns = (self.margin,) if isinstance(self.margin, str) else self.margin
+        values = [_number(take(fields, column), f"column {column!r}") for column in columns]
+        return values[0] if len(values) == 1 else values[0] - values[1]
 
     def _prompt(self, fields: Mapping[str, Any]) -> Messages:
         if self.prompt is None:
@@ -140,14 +150,29 @@ class Judgements(RowFormat):
         label = take(fields, self.label)
         if not isinstance(label, bool | int) or label not in (0, 1):
             raise DataError(f"column {self.label!r} must be true or false, not {_shown(label)}")
-        answer = take(fields, self.answer)
-        if isinstance(answer, list):
-            turns = read_messages(answer, self.answer, "role", "content")
-            if len(turns) != 1 or turns[0].role != "assistant":
-                raise DataError(f"column {self.answer!r} must hold one assistant message, not {len(turns)} messages")
-            answer = turns[0].content
-        answer = _text(answer, f"column {self.answer!r}")
+        answer = _single_answer(take(fields, self.answer), self.answer)
         return Judged(read_prompt(take(fields, self.prompt), self.prompt, "role", "content"), answer, bool(label))
+
+
+@config
+class Scores(RowFormat):
+    """Rows with one answer and what it is worth.
+
+    prompt: the column of the question: text or a message list.
+    answer: the column of the answer, as text or a list of one message.
+    score: the column of the number.
+    """
+
+    form = "graded"
+
+    prompt: str = "prompt"
+    answer: str = "completion"
+    score: str = "score"
+
+    def __call__(self, fields):
+        score = _number(take(fields, self.score), f"column {self.score!r}")
+        answer = _single_answer(take(fields, self.answer), self.answer)
+        return Scored(read_prompt(take(fields, self.prompt), self.prompt, "role", "content"), answer, score)
 
 
 @config
@@ -261,6 +286,22 @@ def _content(value: Any, name: str) -> tuple[str, tuple[Placed, ...]]:
         else:
             raise DataError(f"{name} has a part of type {_shown(kind)}; known are text and image")
     return text, tuple(images)
+
+
+def _single_answer(value: Any, column: str) -> str:
+    """An answer given as text or as a list of one message."""
+    if isinstance(value, list):
+        turns = read_messages(value, column, "role", "content")
+        if len(turns) != 1 or turns[0].role != "assistant":
+            raise DataError(f"column {column!r} must hold one assistant message, not {len(turns)} messages")
+        value = turns[0].content
+    return _text(value, f"column {column!r}")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{name} must be a finite number, not {_shown(value)}")
+    return float(value)
 
 
 def _text(value: Any, name: str) -> str:

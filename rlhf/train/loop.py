@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf import processes
 from rlhf.errors import TrainingError
 from rlhf.model.sharding import place_rows, with_shardings
 from rlhf.train import guard
+from rlhf.train.best import Best
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_held_out, read_metrics
 from rlhf.train.minibatches import joined, minibatches
@@ -48,8 +50,10 @@ class Job:
 
     trainable, frozen: components of the parameters; the update changes (and consumes) `trainable` only.
     record: what a checkpoint says about the run besides its arrays (config, versions); must be JSON.
-    evaluate(params), sample(params, step): optional; metrics and rows for the log.
+    evaluate(params, is_start), sample(params, step): optional; metrics and rows for the log. is_start: the parameters
+        are those that the run began with.
     is_noisy: the loss draws random numbers (dropout): the component `noise` has one for each row of a step.
+    forbid_recompile: compiling in a part of the run that was done before is an error, not a warning.
     """
 
     folder: Path
@@ -64,10 +68,11 @@ class Job:
     seed: int
     record: dict[str, Any]
     mesh: Any = None
-    evaluate: Callable[[dict], dict[str, float]] | None = None
+    evaluate: Callable[[dict, bool], dict[str, float]] | None = None
     sample: Callable[[dict, int], list[dict]] | None = None
     resume: bool = False
     is_noisy: bool = False
+    forbid_recompile: bool = False
 
 
 @dataclasses.dataclass
@@ -101,7 +106,9 @@ class Trainer:
         self.checkpoints = Checkpoints(job.folder / "checkpoints", job.settings.max_to_keep)
         self.state = initial_state(job.trainable, self.algorithm)
         self.start = self._restore() if job.resume else 0
+        self.best = Best(job.folder, job.settings.best_metric, job.settings.best_is, self.start)
         self.finished = 0.0  # when the numbers of the last step were there
+        self.watch = guard.Watch(job.forbid_recompile)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -146,9 +153,11 @@ class Trainer:
                 first = self._first_look()
             pending = None
             for step in range(self.start, self.n_steps):
-                dispatched, done = self._step(step), step + 1
+                with self.watch.part("a step"):
+                    dispatched, done = self._step(step), step + 1
                 last = self._finish(pending) or last
                 pending = dispatched
+                signals.received = processes.agreed_stop(done, signals.received)
                 is_last, is_stopped = done == self.n_steps, signals.received is not None
                 if is_last or is_stopped or self._pauses_after(done):
                     last, pending = self._pause(pending, is_last, is_stopped), None
@@ -162,9 +171,12 @@ class Trainer:
 
     def _first_look(self) -> dict[str, float]:
         """Held-out metrics and samples of the model as it comes, as row 0."""
-        if metrics := self._held_out_metrics():
+        with self.watch.part("an evaluation"):
+            metrics = self._held_out_metrics(is_start=True)
+        if metrics:
             self.writer.write(0, metrics, {})
             log.info("step 0/%d  %s", self.n_steps, format_held_out(metrics))
+        self.best.offer(0, metrics, self.state["params"], self._record(0))
         if self.job.settings.samples_every:
             self._sample(0)
         return metrics
@@ -182,7 +194,9 @@ class Trainer:
         metrics = []
         for part in minibatches(batch, algorithm, key, job.is_noisy):
             part = place_rows(part, job.mesh)
-            self.state, one = self.update(self.state, job.frozen, part, algorithm, n_updates, model=job.model)
+            self.state, one = self.update(
+                self.state, job.frozen, part, algorithm, n_updates, model=job.model, mesh=job.mesh
+            )
             metrics.append(one)
             if algorithm.stops_early and algorithm.is_far(jax.device_get(one)):
                 break
@@ -217,13 +231,16 @@ class Trainer:
         metrics, times = self._fetch(pending)
         is_evaluated = is_last or _due(step, settings.eval_every)
         if is_evaluated:
-            metrics |= self._held_out_metrics()
+            with self.watch.part("an evaluation"):
+                metrics |= self._held_out_metrics()
         if is_evaluated or _due(step, settings.log_every):  # whatever stops a run adds no row that it would not have
             self._write(step, metrics, times)
         if _due(step, settings.samples_every):
             self._sample(step, pending.log.rollouts)
         if is_last:
             self._finish_components()
+        if is_evaluated:
+            self.best.offer(step, metrics, self.state["params"], self._record(step))
         if is_last or is_stopped or _due(step, settings.checkpoint_every):
             self._save(step)
         self.finished = time.perf_counter()
@@ -231,7 +248,8 @@ class Trainer:
 
     def _sample(self, step: int, rollouts: Sequence[dict[str, Any]] = ()) -> None:
         """Texts for `samples.jsonl`, the log shows the first: what was trained on, and answers to held-out prompts."""
-        held_out = self.job.sample(self.params, step) if self.job.sample else []
+        with self.watch.part("samples of held-out prompts"):
+            held_out = self.job.sample(self.params, step) if self.job.sample else []
         for kind, rows in (("rollout", list(rollouts)), ("sample", held_out)):
             self.samples.write(step, rows)
             for row in rows[: self.job.settings.n_samples]:
@@ -255,7 +273,7 @@ class Trainer:
         seconds, self.finished = now - max(pending.started, self.finished), now
         self._check_finite(pending, metrics)
         metrics |= {"n_skipped": int(fetched[-1]["n_skipped"]), "n_tokens": n_tokens, **pending.log.metrics}
-        times = {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
+        times = {"seconds": seconds, "tokens_per_second": n_tokens / seconds, "perf/compilations": self.watch.n_late}
         if pending.log.times:
             times |= {**pending.log.times, "time/update_seconds": now - pending.updating}
         if self.algorithm.stops_early:
@@ -280,7 +298,7 @@ class Trainer:
             raise TrainingError(f"{message}. trainer.on_nonfinite=skip leaves such updates out and counts them")
         log.warning("%s; the update was skipped", message)
 
-    def _held_out_metrics(self) -> dict[str, float]:
+    def _held_out_metrics(self, is_start: bool = False) -> dict[str, float]:
         """The algorithm's loss and metrics on held-out rows, and what else the job evaluates, as `val/…`."""
         job, metrics = self.job, {}
         if job.held_out is not None:
@@ -291,7 +309,7 @@ class Trainer:
             job.runtime.log.take()
             metrics = measure_all(self.params, prepared, self.algorithm, job.model, self.measure, job.mesh)
         if job.evaluate is not None:
-            metrics |= job.evaluate(self.params)
+            metrics |= job.evaluate(self.params, is_start)
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def _finish_components(self) -> None:
@@ -304,9 +322,12 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.writer.flush()
         self.samples.flush()
-        record = {**self.job.record, "step": step, "data": self.job.batches.fingerprint, "seed": self.job.seed}
-        record["compilations"] = guard.compilations()
+        record = {**self._record(step), "compilations": guard.compilations()}
         self.checkpoints.save(step, {**self.state, "memory": self.job.runtime.memory}, record)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        job = self.job
+        return {**job.record, "step": step, "data": job.batches.fingerprint, "seed": job.seed}
 
 
 def _due(step: int, every: int) -> bool:

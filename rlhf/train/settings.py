@@ -16,6 +16,8 @@ class TrainerSettings:
     log_every, eval_every, checkpoint_every, samples_every: in steps; 0 switches off. Held-out metrics are also measured
         before the first step and after the last, and a checkpoint is always written at the end.
     eval_rows: held-out rows that `val/…` metrics are measured on; 0 switches them off.
+    best_metric: a held-out metric, such as `val/accuracy`: the parameters of its best value, `higher` or `lower`, are
+        kept in the folder `best`.
     eager: run without compilation, so that breakpoints work and the first NaN raises where it is made.
     on_nonfinite: `stop` the run at a loss or gradient that is not finite, or `skip` that update and count it.
     """
@@ -30,6 +32,8 @@ class TrainerSettings:
     allow_older_checkpoint: bool = False
     samples_every: int = 0
     n_samples: int = 4
+    best_metric: str | None = None
+    best_is: Literal["higher", "lower"] = "higher"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     eager: bool = False
 

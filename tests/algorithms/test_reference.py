@@ -11,7 +11,7 @@ import pytest
 from table_model import MODEL, TableModel, random_batch, random_params, rows_of, runtime
 
 from rlhf.algorithms.dpo import DPO
-from rlhf.algorithms.reference import Frozen, LiveReference, Precomputed, Synced, without_adapter
+from rlhf.algorithms.reference import Frozen, LiveReference, Precomputed, Remembered, Synced, without_adapter
 from rlhf.algorithms.reference_cache import CachedReference, cache_file, precompute
 from rlhf.errors import CheckpointError, ConfigError, DataError
 
@@ -53,6 +53,40 @@ def test_slices_of_one_shape_compile_once():
     live.token_logprobs(BATCH)
     live.with_params(POLICY).token_logprobs({**BATCH, "reference_logprobs": np.zeros(8)})
     assert n_traces == 1
+
+
+class CountingModel:
+    """Counts traces' runs in eager mode: how often it was really asked."""
+
+    calls = 0
+
+    def token_logprobs(self, params, batch, temperature=1.0):
+        type(self).calls += 1
+        return MODEL.token_logprobs(params, batch, temperature)
+
+
+def test_a_batch_that_comes_again_is_scored_once(monkeypatch):
+    monkeypatch.setattr(CountingModel, "calls", 0)
+    live = LiveReference(CountingModel(), REFERENCE, rows=8, remembered=Remembered())
+    other = {**BATCH, "tokens": BATCH["tokens"][::-1].copy()}
+    with jax.disable_jit():
+        first = live.token_logprobs(BATCH)
+        assert CountingModel.calls == 1
+        np.testing.assert_array_equal(live.token_logprobs({**BATCH}), first)
+        assert CountingModel.calls == 1
+        np.testing.assert_array_equal(live.token_logprobs(other), logprobs_of(REFERENCE, other))
+        live.token_logprobs(BATCH, temperature=0.7)
+        live.with_params(POLICY).token_logprobs(BATCH)
+    assert CountingModel.calls == 4
+
+
+def test_what_is_remembered_has_a_limit(monkeypatch):
+    monkeypatch.setattr(CountingModel, "calls", 0)
+    live = LiveReference(CountingModel(), REFERENCE, rows=8, remembered=Remembered(limit=1))
+    with jax.disable_jit():
+        for _ in range(2):
+            np.testing.assert_array_equal(live.token_logprobs(BATCH), logprobs_of(REFERENCE))
+    assert CountingModel.calls == 2
 
 
 def test_the_reference_under_an_adapter_is_the_base():

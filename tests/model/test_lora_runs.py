@@ -115,7 +115,7 @@ def test_a_quantised_base_is_merged_as_it_was_trained_on(command, words, tmp_pat
     assert metrics(tmp_path / "merged")[0]["val/loss"] == pytest.approx(last, abs=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["kto", "tr_dpo", "simpo"])
+@pytest.mark.parametrize("algorithm", ["kto", "tr_dpo"])
 def test_other_algorithms_train_an_adapter_too(command, small, tmp_path, algorithm):
     words = [*small, *OFF, "model.lora.rank=2", "model.lora.dropout=0.1", f"algorithm={algorithm}"]
     succeeds(command(*words, "hydra.run.dir=run"))

@@ -108,7 +108,8 @@ def test_rows_are_written_when_they_are_due_and_once(tmp_path):
         return [{"text": f"at {step}"}]
 
     rhythm = {"log_every": 3, "eval_every": 4, "checkpoint_every": 5, "samples_every": 6, "max_to_keep": 9}
-    trained(job(tmp_path, held_out=Rows()[0], evaluate=lambda params: {"accuracy": 0.5}, sample=sample, **rhythm))
+    evaluate = lambda params, is_start: {"accuracy": 0.5}  # noqa: E731
+    trained(job(tmp_path, held_out=Rows()[0], evaluate=evaluate, sample=sample, **rhythm))
     found = rows(tmp_path)
     assert [row["step"] for row in found] == [0, 3, 4, 6, 8, 9, 10]
     assert [row["step"] for row in found if "val/loss" in row] == [0, 4, 8, 10]
@@ -162,9 +163,9 @@ def test_epochs_and_minibatches_take_every_row_once_an_epoch(tmp_path):
     trainer = Trainer(job(tmp_path, line(epochs=2, minibatches=2, microbatch_size=4, schedule=Linear()), max_steps=3))
     update, parts = trainer.update, []
 
-    def noted(state, frozen, batch, algorithm, n_updates, *, model):
+    def noted(state, frozen, batch, algorithm, n_updates, **statics):
         parts.append((np.asarray(batch["row"]), batch["scale"].shape, int(n_updates)))
-        return update(state, frozen, batch, algorithm, n_updates, model=model)
+        return update(state, frozen, batch, algorithm, n_updates, **statics)
 
     trainer.update = noted
     trainer.fit()

@@ -1,0 +1,197 @@
+"""Group relative policy optimization and its family: answers to one prompt are compared with each other, without a
+critic.
+
+One algorithm, made of values: how rewards become advantages (`advantage`), at which level the importance ratio is taken
+(`ratio`), how it is kept near 1 (`policy`), which mean the loss is (`weighting`), where the divergence from the
+reference enters (`kl`), what becomes of groups without spread (`groups`) and of cut answers (`truncation`), and how
+answers are weighed that the sampler's numbers and the trainer's disagree on (`correction`). GRPO, Dr. GRPO, DAPO, GSPO,
+CISPO, RLOO, REINFORCE++ … are settings of it: see conf/algorithm.
+
+**Old log-probabilities.** With one optimizer step per batch the policy that is trained still is the one that sampled:
+the ratio is π over a copy of itself without a gradient, which is 1 to the last bit and costs nothing. With several, or
+with the divergence in the reward, the trainer's own function computes them once per batch. The sampler's are never
+taken: they are rounded differently, so ratios would not be 1 at the start; `correction` is about that difference.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rlhf.algorithms.base import Batch, Params, Runtime
+from rlhf.algorithms.groups import Groups, KeepAll, warn_if_flat
+from rlhf.algorithms.rollouts import (
+    Online,
+    Rollouts,
+    as_batch,
+    log_rollouts,
+    policy_logprobs,
+    reference_logprobs,
+    roll_out,
+)
+from rlhf.algorithms.saved_rollouts import replay
+from rlhf.config import Number, config, require_range
+from rlhf.data.encode import Prompt
+from rlhf.errors import ConfigError
+from rlhf.ops.advantages import Advantage, GroupNormalised
+from rlhf.ops.kl import InLoss, InReward, KLPenalty, kl_metrics
+from rlhf.ops.policy import (
+    Clipped,
+    Correction,
+    NoCorrection,
+    PolicyLoss,
+    PolicyTokens,
+    RatioLevel,
+    TokenRatio,
+    ratio_metrics,
+)
+from rlhf.ops.token_choice import AllTokens, TokenChoice
+from rlhf.ops.truncation import KeepTruncated, Truncation
+from rlhf.ops.weights import PerSequence, PerToken, Weighting
+
+
+@config
+class GRPO(Online):
+    """The mean of a policy loss over answer tokens, with a penalty for leaving the reference.
+
+    advantage: how much better each answer of a group is than expected.
+    ratio: what one importance ratio covers.
+    policy: what a token costs, given ratio and advantage.
+    weighting: which mean over tokens the loss is.
+    kl: where the divergence from the reference enters; without any, no reference is loaded.
+    groups: what becomes of groups whose rewards are all the same.
+    truncation: what becomes of answers that are cut or nearly too long.
+    correction: how much answers count that the trainer finds less or more likely than the sampler did.
+    tokens: which tokens of the answers have a policy loss.
+    entropy_bonus: weight of the policy's entropy, which is added to what is maximised; null: it is not computed.
+    """
+
+    headline = ("reward/mean", "kl/k1", "policy/entropy", "groups/zero_variance", "sampling/mean_tokens", "grad_norm")
+
+    advantage: Advantage = GroupNormalised()
+    ratio: RatioLevel = TokenRatio()
+    policy: PolicyLoss = Clipped()
+    weighting: Weighting = PerSequence()
+    kl: KLPenalty = InLoss()
+    groups: Groups = KeepAll()
+    truncation: Truncation = KeepTruncated()
+    correction: Correction = NoCorrection()
+    tokens: TokenChoice = AllTokens()
+    entropy_bonus: Number | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_range(self, "entropy_bonus", at_least=0)
+        if self.advantage.needs_group and self.group_size < 2:
+            raise ConfigError(
+                f"algorithm.group_size={self.group_size} must be at least 2: "
+                f"algorithm.advantage={type(self.advantage).__name__} compares the answers to a prompt with each other"
+            )
+
+    @property
+    def needs_reference(self):
+        return self.kl.is_used
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the policy is scored before the update; if not, it is its own old policy."""
+        return self.epochs * self.minibatches > 1 or (self.kl.is_used and isinstance(self.kl, InReward))
+
+    def prepare(self, runtime, params, batch, key):
+        rollouts, told = self._collect(runtime, params, batch["prompts"])
+        batch = as_batch(runtime, rollouts, self.max_new_tokens)
+        if self.needs_old_logprobs:
+            batch["old_logprobs"] = policy_logprobs(runtime, params, batch, self)
+        if self.needs_reference:
+            batch["reference_logprobs"] = reference_logprobs(runtime, batch, self)
+        is_kept = rollouts.is_valid & self.truncation.is_kept(rollouts.is_truncated)
+        is_kept &= np.repeat(self.groups.is_kept(rollouts, self.group_size), self.group_size)
+        is_counted = batch["is_answer"] & is_kept[:, None]
+        advantages = self.advantages(rollouts, batch) * is_counted
+        by_answer = advantages.sum(axis=-1) / rollouts.n_tokens
+        self._tell(runtime, rollouts, by_answer, is_kept, told)
+        return {
+            **batch,
+            "advantages": advantages,
+            "weight": self.weighting(is_counted).astype(np.float32),
+            "is_chosen": self.tokens(is_counted, batch["sampler_entropy"]),
+            "token_weight": PerToken()(batch["is_answer"]).astype(np.float32),
+        }
+
+    def _collect(self, runtime: Runtime, params: Params, prompts: list[Prompt]) -> tuple[Rollouts, dict[str, float]]:
+        """A batch of scored answers, and metrics of its groups."""
+
+        def more(attempt: int, n: int) -> Rollouts:
+            further: Any = runtime.more_prompts
+            start = int(runtime.memory.get("n_more_prompts", 0))
+            runtime.memory["n_more_prompts"] = np.asarray(start + n)
+            return roll_out(runtime, params, further(start, n), self, attempt)
+
+        if self.replay is not None:
+            return KeepAll().collect(replay(runtime, self), self.batch_size, self.group_size, more)
+        return self.groups.collect(roll_out(runtime, params, prompts, self), self.batch_size, self.group_size, more)
+
+    def advantages(self, rollouts: Rollouts, batch: Batch) -> Float[np.ndarray, "rows time"]:
+        """Of each answer token; the same for all of an answer, unless each answers for the divergence after it."""
+        is_answer, by_group = batch["is_answer"], (-1, self.group_size)
+        penalty = np.zeros(is_answer.shape, np.float32)
+        if isinstance(self.kl, InReward) and self.kl.is_used:
+            penalty = float(self.kl.coef) * (batch["old_logprobs"] - batch["reference_logprobs"]) * is_answer
+        later = np.cumsum(penalty[:, ::-1], axis=-1)[:, ::-1]  # of each token and those after it
+        is_per_token = isinstance(self.kl, InReward) and self.kl.per_token
+        rewards = self.truncation.shaped(
+            rollouts.rewards, rollouts.n_tokens, rollouts.is_truncated, self.max_new_tokens
+        )
+        rewards = rewards if is_per_token else rewards - penalty.sum(axis=-1)
+        answers = self.advantage(rewards.reshape(by_group), rollouts.is_valid.reshape(by_group)).reshape(-1, 1)
+        tokens = (answers - later if is_per_token else answers) * is_answer
+        return self.advantage.over_tokens(tokens, is_answer & rollouts.is_valid[:, None])
+
+    def _tell(self, runtime: Runtime, rollouts: Rollouts, advantages: Any, is_kept: Any, told: dict) -> None:
+        log_rollouts(runtime, rollouts, advantages)
+        rewards = rollouts.rewards.reshape(-1, self.group_size)
+        runtime.log.metrics |= told | {
+            "groups/reward_std": float(rewards.std(axis=1).mean()),
+            "advantages/std": float(advantages.std()),
+            "answers/kept": float(is_kept.mean()),
+        }
+        has_kl = self.needs_reference and not isinstance(self.kl, InReward)
+        warn_if_flat(runtime, rollouts, self.group_size, advantages, has_kl)
+
+    def loss(self, model, params, batch):
+        if self.entropy_bonus is None:
+            logprobs = model.token_logprobs(params, batch, self.method.temperature)
+        else:
+            logprobs, entropy, _ = model.token_statistics(params, batch, self.method.temperature)
+        tokens = self._tokens(logprobs, batch)
+
+        def mean(values, weight):
+            return jnp.mean(jnp.sum(weight * values, axis=-1))
+
+        cost = self.policy(tokens) * self.correction(tokens) * batch["is_chosen"]
+        if self.entropy_bonus is not None:
+            cost -= self.entropy_bonus * entropy
+        metrics = ratio_metrics(tokens, self.policy, batch["token_weight"])
+        gap = jnp.abs(tokens.old_logprobs - tokens.sampler_logprobs) * tokens.is_answer
+        metrics["sampling/logp_difference"] = mean(gap, batch["token_weight"])
+        if "reference_logprobs" in batch:
+            log_ratio = (logprobs - batch["reference_logprobs"]) * tokens.is_answer
+            metrics |= kl_metrics(log_ratio, batch["token_weight"])
+            if isinstance(self.kl, InLoss):
+                divergence = self.kl.estimator(log_ratio)
+                cost += self.kl.coef * (divergence * tokens.ratio if self.kl.importance_weighted else divergence)
+        return mean(cost, batch["weight"]), metrics
+
+    def _tokens(self, logprobs: Float[Array, "batch time"], batch: Batch) -> PolicyTokens:
+        old = jax.lax.stop_gradient(jnp.asarray(batch.get("old_logprobs", logprobs)))
+        is_answer = jnp.asarray(batch["is_answer"])
+        return PolicyTokens(
+            logprobs=logprobs,
+            old_logprobs=old,
+            sampler_logprobs=jnp.asarray(batch["sampler_logprobs"]),
+            ratio=self.ratio((logprobs - old) * is_answer, is_answer),
+            advantages=jnp.asarray(batch["advantages"]),
+            is_answer=is_answer,
+        )

@@ -1,0 +1,40 @@
+"""Online algorithms as a user runs them, on the tiny model: identities at learning rate 0, and files that are left."""
+
+import json
+
+import pytest
+
+SMALLEST = (
+    "algorithm.batch_size=4", "algorithm.group_size=4", "algorithm.microbatch_size=4", "algorithm.max_new_tokens=6",
+    "evaluation.rows=0", "reward=length", "reward.length.target=4",
+)  # fmt: skip
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("lora", [(), ("model.lora.rank=2",)], ids=["all", "lora"])
+def test_with_learning_rate_0_nothing_moves(lora, command, small, tmp_path):
+    words = [w for w in small if w.split("=")[0] not in {s.split("=")[0] for s in SMALLEST}]
+    done = command(
+        "algorithm=grpo", "algorithm.learning_rate=0", "algorithm.minibatches=2", "algorithm.method.temperature=0.7",
+        "algorithm.method.top_k=50", "trainer.samples_every=2", *words, *SMALLEST, *lora, "hydra.run.dir=run",
+    )  # fmt: skip
+    assert done.code == 0, done.output
+    assert "4 prompts a step × 4 samples = 16 sequences = 2 minibatches × 2 microbatches of 4" in done.output
+    rows = rows_of(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert abs(row["policy/ratio/max"] - 1) < 2e-6
+        assert abs(row["policy/ratio"] - 1) < 1e-6
+        assert row["policy/clipfrac"] == 0
+        for name in ("kl/k1", "kl/k2", "kl/k3", "policy/approx_kl", "sampling/logp_difference"):
+            assert abs(row[name]) < 1e-6, name
+        assert row["time/rollout_seconds"] > 0
+        assert row["time/reference_seconds"] > 0
+        assert row["policy/entropy"] > 1
+    shown = [row for row in rows_of(tmp_path / "run/samples.jsonl") if row["step"] == 2 and "advantage" in row]
+    assert len(shown) == 16
+    assert shown[0]["reward"] == max(row["reward"] for row in shown)
+    assert shown[1]["reward"] == min(row["reward"] for row in shown)
