@@ -103,6 +103,7 @@ def test_a_users_own_files(command, small, tmp_path):
 @pytest.mark.parametrize("debug", ["fast", "nojit", "overfit"])
 def test_debug_choices_run(command, small, debug):
     words = [word for word in small if not (debug == "overfit" and word.startswith(("evaluation", "trainer.eval")))]
+    words += ["model.layers=2", "model.pattern=2"] if debug == "nojit" else []  # a look at each takes its time
     done = command(*words, f"debug={debug}", "hydra.run.dir=run")
     assert done.code == 0, done.output
 

@@ -77,7 +77,7 @@ LEARNING = [
     "model=tiny_vision", "model.width=64", "model.ff_width=128", "model.layers=2", "model.pattern=2",
     "model.head_width=16", "model.query_scale=0.25", "model.vision.image_size=16", "model.vision.width=32",
     "model.vision.ff_width=64", "model.vision.layers=1", "dataset=colours", "algorithm=sft",
-    "algorithm.learning_rate=5e-3", "algorithm.batch_size=32", "algorithm.microbatch_size=32", "trainer.max_steps=200",
+    "algorithm.learning_rate=5e-3", "algorithm.batch_size=32", "algorithm.microbatch_size=32", "trainer.max_steps=120",
     "trainer.eval_rows=0", "evaluation.rows=0",
 ]  # fmt: skip
 

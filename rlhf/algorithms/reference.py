@@ -24,7 +24,7 @@ from rlhf.model.sharding import whole
 
 # what a text model reads of a batch, where it is there
 MODEL_INPUTS = (
-    *("tokens", "segments", "positions", "soft_tokens", "images"),
+    *("tokens", "segments", "positions", "scored", "soft_tokens", "images"),
     *(f"joint_{name}" for name in ("tokens", "segments", "positions", "prefixes", "previous", "places", "soft_tokens")),
 )
 

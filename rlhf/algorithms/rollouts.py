@@ -218,6 +218,7 @@ def as_batch(runtime: Runtime, rollouts: Rollouts, max_new_tokens: int) -> Batch
 
     | key | type | shape | |
     |---|---|---|---|
+    | `scored` | int32 | [rows, max_new_tokens] | places of the answer's tokens, which alone are scored; 0 fills up |
     | `sampler_logprobs` | float32 | [rows, time] | log-probability of each answer token as it was generated |
     | `sampler_entropy` | float32 | [rows, time] | entropy of the distribution it was drawn from, before filters |
     """
@@ -225,6 +226,7 @@ def as_batch(runtime: Runtime, rollouts: Rollouts, max_new_tokens: int) -> Batch
     shape = (len(rollouts), -(-(longest + max_new_tokens) // ROUND_TO) * ROUND_TO)
     batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "positions")}
     batch |= {name: np.zeros(shape, np.float32) for name in ("sampler_logprobs", "sampler_entropy")}
+    batch["scored"] = np.zeros((len(rollouts), max_new_tokens), np.int32)
     batch |= {"is_answer": np.zeros(shape, bool), "row": np.array([p.row for p in rollouts.prompts], np.int32)}
     batch["tokens"][:] = runtime.prompts.pad
     for row, (prompt, n) in enumerate(zip(rollouts.prompts, rollouts.n_tokens, strict=True)):
@@ -235,6 +237,7 @@ def as_batch(runtime: Runtime, rollouts: Rollouts, max_new_tokens: int) -> Batch
         batch["segments"][row, :end] = 1
         batch["positions"][row, :end] = np.arange(end)
         batch["is_answer"][row, start:end] = True
+        batch["scored"][row, :n] = np.arange(start, end)
         batch["sampler_logprobs"][row, start:end] = rollouts.logprobs[row, :n]
         batch["sampler_entropy"][row, start:end] = rollouts.entropies[row, :n]
     if runtime.prompts.n_slots:

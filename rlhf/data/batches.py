@@ -100,7 +100,7 @@ def eval_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
     alone = [(index,) for index in range(len(examples))]
     for start in range(0, len(examples), batch_size):
         chosen = alone[start : start + batch_size]
-        yield _collate(examples, chosen, batch_size)
+        yield _token_batch(examples, chosen, batch_size)
 
 
 def collate(examples: Examples, rows: Int[np.ndarray, "batch"] | Sequence[int]) -> Batch:

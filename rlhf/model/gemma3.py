@@ -285,6 +285,8 @@ class Gemma3:
         """Score every token but the first of each segment; the others get 0."""
         if "joint_tokens" in batch:
             return self._scored_jointly(params, batch, temperature, score)
+        if "scored" in batch:
+            return self._scored_there(params, batch, temperature, score)
         hidden = self.hidden_of(params, batch)[:, :-1]
         shape = batch["tokens"].shape
         tokens, segments = (jnp.asarray(batch[name]).reshape(-1, shape[-1]) for name in ("tokens", "segments"))
@@ -295,6 +297,24 @@ class Gemma3:
         def spread(values):
             values = jnp.where(follows, values.reshape(follows.shape), 0.0)
             return jnp.pad(values, ((0, 0), (1, 0))).reshape(shape)
+
+        return jax.tree.map(spread, scores)
+
+    def _scored_there(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
+        """The same numbers at the places `scored` alone, so that prompts cost no scores; 0 elsewhere."""
+        shape = batch["tokens"].shape
+        tokens = jnp.asarray(batch["tokens"]).reshape(-1, shape[-1])
+        places = jnp.asarray(batch["scored"]).reshape(len(tokens), -1)
+        hidden = self.hidden_of(params, batch)
+        before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[:, :, None], axis=1)
+        targets = jnp.take_along_axis(tokens, places, axis=1).reshape(-1)
+        embedding = params["model"]["embedding"].astype(self.compute_dtype)
+        scores = score(before.reshape(-1, hidden.shape[-1]), embedding, targets, temperature)
+
+        def spread(values):
+            values = jnp.where(places > 0, values.reshape(places.shape), 0.0)
+            rows = jnp.arange(len(tokens))[:, None]
+            return jnp.zeros(tokens.shape, values.dtype).at[rows, places].add(values).reshape(shape)
 
         return jax.tree.map(spread, scores)
 
@@ -319,6 +339,7 @@ class Gemma3:
 
         batch: `tokens`, `segments`, `positions`, each [..., time]; with `joint_…` (see `rlhf.data.joint`) the same is
             computed from rows that hold a shared beginning once. 0 for the first token of a segment and for padding.
+            With `scored` [..., n] only the tokens at these places (from 1; 0 fills up) are scored, all others have 0.
             With images also `images` [rows, slots, size, size, 3] and `soft_tokens` [..., time], as for `embed`.
         """
         return self._scored(params, batch, temperature, target_logprobs)

@@ -127,15 +127,16 @@ def forbid_compilations(what: str) -> Iterator[None]:
 
 
 class Watch:
-    """Compilations later than warm-up: in a part of a run that was there before.
+    """Compilations later than warm-up: in a part of a run that was there before, of a function that was too.
 
-    The first time that a part is entered is its warm-up, and may compile. is_forbidden: later, it is an error.
+    The first time that a part is entered, or a function is needed, is a warm-up. is_forbidden: later, it is an error.
     n_late: programs compiled later so far.
     """
 
     def __init__(self, is_forbidden: bool = False):
         self.is_forbidden, self.n_late = is_forbidden, 0
         self._warm: set[str] = set()
+        self._known: set[str] = set()
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -148,7 +149,9 @@ class Watch:
             yield
         is_first = name not in self._warm
         self._warm.add(name)
-        late = [one for one in recording.compilations if not one.is_ahead]
+        found = recording.compilations
+        late = [one for one in found if not one.is_ahead and one.name in self._known]
+        self._known |= {one.name for one in found}
         if is_first or not late:
             return
         self.n_late += len(late)

@@ -128,6 +128,12 @@ class Hardware:
     def _choose_devices(self) -> None:
         """Which devices JAX will see and how much of their memory it takes: read when it starts them, and only then."""
         global _chosen
+        numbers = ",".join(map(str, self.visible_devices or ()))
+        if numbers and _runs_on_cpu(self.platform):
+            raise ConfigError(
+                f"hardware.visible_devices=[{numbers}]: a CPU has no devices to choose from; "
+                "XLA_FLAGS=--xla_force_host_platform_device_count=N simulates several"
+            )
         wanted = (self.visible_devices, self.memory_fraction)
         if _chosen is not None and _chosen != wanted:
             raise ConfigError(
@@ -140,12 +146,6 @@ class Hardware:
             os.environ["XLA_CLIENT_MEM_FRACTION"] = str(self.memory_fraction)
         if self.visible_devices is None:
             return
-        numbers = ",".join(map(str, self.visible_devices))
-        if _runs_on_cpu(self.platform):
-            raise ConfigError(
-                f"hardware.visible_devices=[{numbers}]: a CPU has no devices to choose from; "
-                "XLA_FLAGS=--xla_force_host_platform_device_count=N simulates several"
-            )
         jax.config.update("jax_cuda_visible_devices", numbers)
         os.environ["TPU_VISIBLE_CHIPS"] = numbers
 

@@ -276,7 +276,10 @@ def test_every_real_slice_loads(shared, name):
         if form != "prompt":
             assert all(row.is_answer.any() for group in examples.sequences for row in group)
     batch = Batches(examples, 4, seed=0)[0]
-    assert batch["tokens"].shape[-1] == examples.n_time
+    if form == "prompt":
+        assert [prompt.row for prompt in batch["prompts"]] == batch["row"].tolist()
+    else:
+        assert batch["tokens"].shape[-1] == examples.n_time
 
 
 def test_why_rows_of_hh_rlhf_are_left_out(shared, caplog):

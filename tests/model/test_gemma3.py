@@ -130,6 +130,31 @@ def test_packed_examples_equal_separate_ones():
     np.testing.assert_allclose(scores, np.concatenate([*separate, [0, 0]]), atol=1e-5)
 
 
+def test_scoring_some_places_alone_gives_their_numbers_and_gradients():
+    model, params = small()
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 50, (3, 12)).astype(np.int32)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(12)[None].repeat(3, 0)}
+    batch["positions"] = batch["positions"].astype(np.int32)
+    scored = np.array([[5, 6, 7, 8], [2, 3, 0, 0], [11, 0, 0, 0]], np.int32)
+    weight = np.zeros((3, 12), np.float32)
+    for row, places in enumerate(scored):
+        weight[row, places[places > 0]] = rng.normal(size=(places > 0).sum())
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(params, batch):
+        statistics = model.token_statistics(params, batch, 0.7)
+        return jnp.sum(weight * (statistics.logprobs + 0.3 * statistics.entropy))
+
+    everywhere, expected = total(params, batch)
+    there, gradient = total(params, {**batch, "scored": scored})
+    np.testing.assert_allclose(there, everywhere, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), gradient, expected)
+    found = model.token_logprobs(params, {**batch, "scored": scored})
+    assert np.array_equal(np.asarray(found) != 0, weight != 0)
+
+
 def test_a_local_layer_sees_exactly_its_window():
     """One local layer: the last token is reached from window - 1 places before it and from no farther."""
     a = Architecture(**{**SMALL.__dict__, "layers": 1})
