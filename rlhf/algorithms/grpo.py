@@ -15,13 +15,12 @@ taken: they are rounded differently, so ratios would not be 1 at the start; `cor
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rlhf.algorithms.base import Batch, Params, Runtime
 from rlhf.algorithms.groups import Groups, KeepAll, warn_if_flat
+from rlhf.algorithms.policy_terms import mean, policy_scores, regularised
 from rlhf.algorithms.rollouts import (
     Online,
     Rollouts,
@@ -36,16 +35,14 @@ from rlhf.config import Number, config, require_range
 from rlhf.data.encode import Prompt
 from rlhf.errors import ConfigError
 from rlhf.ops.advantages import Advantage, GroupNormalised
-from rlhf.ops.kl import InLoss, InReward, KLPenalty, kl_metrics
+from rlhf.ops.kl import InLoss, InReward, KLPenalty
 from rlhf.ops.policy import (
     Clipped,
     Correction,
     NoCorrection,
     PolicyLoss,
-    PolicyTokens,
     RatioLevel,
     TokenRatio,
-    ratio_metrics,
 )
 from rlhf.ops.token_choice import AllTokens, TokenChoice
 from rlhf.ops.truncation import KeepTruncated, Truncation
@@ -161,37 +158,7 @@ class GRPO(Online):
         warn_if_flat(runtime, rollouts, self.group_size, advantages, has_kl)
 
     def loss(self, model, params, batch):
-        if self.entropy_bonus is None:
-            logprobs = model.token_logprobs(params, batch, self.method.temperature)
-        else:
-            logprobs, entropy, _ = model.token_statistics(params, batch, self.method.temperature)
-        tokens = self._tokens(logprobs, batch)
-
-        def mean(values, weight):
-            return jnp.mean(jnp.sum(weight * values, axis=-1))
-
+        tokens, entropy = policy_scores(self, model, params, batch)
         cost = self.policy(tokens) * self.correction(tokens) * batch["is_chosen"]
-        if self.entropy_bonus is not None:
-            cost -= self.entropy_bonus * entropy
-        metrics = ratio_metrics(tokens, self.policy, batch["token_weight"])
-        gap = jnp.abs(tokens.old_logprobs - tokens.sampler_logprobs) * tokens.is_answer
-        metrics["sampling/logp_difference"] = mean(gap, batch["token_weight"])
-        if "reference_logprobs" in batch:
-            log_ratio = (logprobs - batch["reference_logprobs"]) * tokens.is_answer
-            metrics |= kl_metrics(log_ratio, batch["token_weight"])
-            if isinstance(self.kl, InLoss):
-                divergence = self.kl.estimator(log_ratio)
-                cost += self.kl.coef * (divergence * tokens.ratio if self.kl.importance_weighted else divergence)
+        cost, metrics = regularised(self, cost, tokens, entropy, batch)
         return mean(cost, batch["weight"]), metrics
-
-    def _tokens(self, logprobs: Float[Array, "batch time"], batch: Batch) -> PolicyTokens:
-        old = jax.lax.stop_gradient(jnp.asarray(batch.get("old_logprobs", logprobs)))
-        is_answer = jnp.asarray(batch["is_answer"])
-        return PolicyTokens(
-            logprobs=logprobs,
-            old_logprobs=old,
-            sampler_logprobs=jnp.asarray(batch["sampler_logprobs"]),
-            ratio=self.ratio((logprobs - old) * is_answer, is_answer),
-            advantages=jnp.asarray(batch["advantages"]),
-            is_answer=is_answer,
-        )

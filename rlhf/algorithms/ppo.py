@@ -9,11 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rlhf.algorithms.base import Batch, Runtime
 from rlhf.algorithms.critic import Critic
 from rlhf.algorithms.groups import warn_if_flat
+from rlhf.algorithms.policy_terms import mean, policy_scores, regularised
 from rlhf.algorithms.rollouts import (
     Online,
     Rollouts,
@@ -26,8 +27,8 @@ from rlhf.algorithms.rollouts import (
 from rlhf.algorithms.saved_rollouts import replay
 from rlhf.config import Number, config, require_range
 from rlhf.ops.gae import explained_variance, generalized_advantage, last_of, token_rewards, value_losses, whiten
-from rlhf.ops.kl import InLoss, InReward, KLPenalty, kl_metrics
-from rlhf.ops.policy import Clipped, PolicyLoss, PolicyTokens, RatioLevel, TokenRatio, ratio_metrics
+from rlhf.ops.kl import InReward, KLPenalty
+from rlhf.ops.policy import Clipped, PolicyLoss, RatioLevel, TokenRatio
 from rlhf.ops.reward_shaping import Adaptive, Shaping
 from rlhf.ops.weights import PerToken, Weighting
 
@@ -165,48 +166,16 @@ class PPO(Online):
         warn_if_flat(runtime, rollouts, self.group_size, batch["advantages"], self.needs_reference)
 
     def loss(self, model, params, batch):
-        logprobs, entropy = self._policy(model, params, batch)
-        tokens = self._tokens(logprobs, batch)
+        tokens, entropy = policy_scores(self, model, params, batch)
+        cost, weight = self.policy(tokens), batch["weight"]
         values = self.critic(model, params, batch)
-
-        def mean(x, weight):
-            return jnp.mean(jnp.sum(weight * x, axis=-1))
-
-        cost = self.policy(tokens)
         old_values, returns = jnp.asarray(batch["old_values"]), jnp.asarray(batch["returns"])
         errors, is_clipped = value_losses(values, old_values, returns, self.critic.clip)
-        metrics = ratio_metrics(tokens, self.policy, batch["token_weight"]) | {
-            "policy/loss": mean(cost, batch["weight"]),
-            "value/loss": mean(errors, batch["weight"]),
-            "value/clipfrac": mean(is_clipped, batch["weight"]),
-            "value/mean": mean(values, batch["weight"]),
+        metrics = {
+            "policy/loss": mean(cost, weight),
+            "value/loss": mean(errors, weight),
+            "value/clipfrac": mean(is_clipped, weight),
+            "value/mean": mean(values, weight),
         }
-        gap = jnp.abs(tokens.old_logprobs - tokens.sampler_logprobs) * tokens.is_answer
-        metrics["sampling/logp_difference"] = mean(gap, batch["token_weight"])
-        if "reference_logprobs" in batch:
-            log_ratio = (logprobs - batch["reference_logprobs"]) * tokens.is_answer
-            metrics |= kl_metrics(log_ratio, batch["token_weight"])
-            if isinstance(self.kl, InLoss):
-                divergence = self.kl.estimator(log_ratio)
-                cost += self.kl.coef * (divergence * tokens.ratio if self.kl.importance_weighted else divergence)
-        if entropy is not None and self.entropy_bonus is not None:
-            cost -= self.entropy_bonus * entropy
-        return mean(cost, batch["weight"]) + self.critic.loss_weight * metrics["value/loss"], metrics
-
-    def _policy(self, model: Any, params: Any, batch: Batch) -> tuple[Array, Array | None]:
-        """Log-probabilities at the rollout's temperature, and entropies where they are trained."""
-        if self.entropy_bonus is None:
-            return model.token_logprobs(params, batch, self.method.temperature), None
-        statistics = model.token_statistics(params, batch, self.method.temperature)
-        return statistics.logprobs, statistics.entropy
-
-    def _tokens(self, logprobs: Float[Array, "batch time"], batch: Batch) -> PolicyTokens:
-        old, is_answer = jnp.asarray(batch["old_logprobs"]), jnp.asarray(batch["is_answer"])
-        return PolicyTokens(
-            logprobs=logprobs,
-            old_logprobs=old,
-            sampler_logprobs=jnp.asarray(batch["sampler_logprobs"]),
-            ratio=self.ratio((logprobs - old) * is_answer, is_answer),
-            advantages=jnp.asarray(batch["advantages"]),
-            is_answer=is_answer,
-        )
+        cost, of_policy = regularised(self, cost, tokens, entropy, batch)
+        return mean(cost, weight) + self.critic.loss_weight * metrics["value/loss"], {**of_policy, **metrics}

@@ -1,0 +1,64 @@
+"""What losses of online algorithms share: the policy's scores, and what is added to the cost of a token."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from rlhf.algorithms.base import Batch, Metrics
+from rlhf.ops.kl import InLoss, kl_metrics
+from rlhf.ops.policy import PolicyTokens, ratio_metrics
+
+
+def policy_scores(
+    algorithm: Any, model: Any, params: Any, batch: Batch
+) -> tuple[PolicyTokens, Float[Array, "batch time"] | None]:
+    """The policy's tokens as losses see them, at the rollout's temperature, and entropies where those are trained.
+
+    Without `old_logprobs` in the batch the policy is its own old one: the ratio is 1 to the last bit.
+    """
+    entropy = None
+    if algorithm.entropy_bonus is None:
+        logprobs = model.token_logprobs(params, batch, algorithm.method.temperature)
+    else:
+        logprobs, entropy, _ = model.token_statistics(params, batch, algorithm.method.temperature)
+    old = jax.lax.stop_gradient(jnp.asarray(batch.get("old_logprobs", logprobs)))
+    is_answer = jnp.asarray(batch["is_answer"])
+    tokens = PolicyTokens(
+        logprobs=logprobs,
+        old_logprobs=old,
+        sampler_logprobs=jnp.asarray(batch["sampler_logprobs"]),
+        ratio=algorithm.ratio((logprobs - old) * is_answer, is_answer),
+        advantages=jnp.asarray(batch["advantages"]),
+        is_answer=is_answer,
+    )
+    return tokens, entropy
+
+
+def regularised(
+    algorithm: Any,
+    cost: Float[Array, "batch time"],
+    tokens: PolicyTokens,
+    entropy: Float[Array, "batch time"] | None,
+    batch: Batch,
+) -> tuple[Float[Array, "batch time"], Metrics]:
+    """`cost` with the entropy bonus and the divergence in the loss, and the metrics of the policy's tokens."""
+    if entropy is not None:
+        cost = cost - algorithm.entropy_bonus * entropy
+    weight = batch["token_weight"]
+    gap = jnp.abs(tokens.old_logprobs - tokens.sampler_logprobs) * tokens.is_answer
+    metrics = ratio_metrics(tokens, algorithm.policy, weight)
+    metrics["sampling/logp_difference"] = mean(gap, weight)
+    if "reference_logprobs" in batch:
+        log_ratio = (tokens.logprobs - batch["reference_logprobs"]) * tokens.is_answer
+        metrics |= kl_metrics(log_ratio, weight)
+        if isinstance(kl := algorithm.kl, InLoss):
+            divergence = kl.estimator(log_ratio)
+            cost += kl.coef * (divergence * tokens.ratio if kl.importance_weighted else divergence)
+    return cost, metrics
+
+
+def mean(values: Shaped[Array, "batch time"], weight: Float[Array, "batch time"]) -> Float[Array, ""]:
+    """The mean over rows of the weighted sum over tokens."""
+    return jnp.mean(jnp.sum(weight * values, axis=-1))
