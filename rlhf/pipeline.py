@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlhf import processes
 from rlhf.errors import ConfigError, UserError, nearest
+from rlhf.report.write import try_write_report
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ def _stage(
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+        try_write_report(folder)
     if processes.is_first():
         done.write_text(json.dumps({"overrides": asked, "result": result}))
     return result

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import messages, processes, sweep
 from rlhf.errors import UserError
+from rlhf.report.write import try_write_report
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +60,22 @@ def main(cfg: DictConfig) -> None:
         from rlhf import tasks  # jax is imported here, after Hydra has set the environment
 
         result = tasks.run(cfg, folder, overrides=list(job.overrides.task), keep=is_sweep)
+    except SystemExit:  # a signal: the run goes on later
+        try_write_report(folder)
+        raise
     except Exception as error:
         if isinstance(error, UserError):
             log.error("%s", error)
         else:
             log.exception("the run failed")  # the reason is in this run's log.txt; a sweep goes on to its next job
+        try_write_report(folder)
         sweep.record(job, folder, error=error)
         processes.fail(error)
         _failures.append(error)
         if is_sweep:
             raise
     else:
+        try_write_report(folder)
         sweep.record(job, folder, result=result)
 
 

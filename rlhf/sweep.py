@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from rlhf.report.write import PAGE, try_write_report
+
 log = logging.getLogger(__name__)
 
 _tables: dict[Path, list[dict[str, Any]]] = {}
@@ -15,7 +17,7 @@ def record(job: Any, folder: Path, result: dict[str, Any] | None = None, error: 
     """Add a run to the table of its sweep (`job` is Hydra's own config); does nothing for a single run.
 
     The table lies in the sweep's folder as summary.csv, read back first: launchers may run each job in a process of
-    its own.
+    its own. Beside it, report.html shows the runs so far.
     """
     if job.mode.name != "MULTIRUN":
         return
@@ -29,6 +31,7 @@ def record(job: Any, folder: Path, result: dict[str, Any] | None = None, error: 
     rows = [json.loads(path.read_text()) for path in sweep_folder.glob("*/summary.json")]
     rows.sort(key=lambda r: (len(r["run"]), r["run"]))
     _write(sweep_folder / "summary.csv", rows)
+    try_write_report(sweep_folder)
     _tables[sweep_folder] = rows
 
 
@@ -52,7 +55,8 @@ def report() -> None:
         shown = [c for c in _columns(rows) if c not in constant]
         cells = [[row.get(c, "") for c in shown] for row in rows]
         print("\n" + tabulate(cells, shown, floatfmt=".4g", disable_numparse=False))
-        print(
-            f"\n{len(rows)} runs, {sum(r['status'] == 'failed' for r in rows)} failed; table: {folder / 'summary.csv'}"
-        )
+        n_failed = sum(row["status"] == "failed" for row in rows)
+        print(f"\n{len(rows)} runs, {n_failed} failed; table: {folder / 'summary.csv'}")
+        if (folder / PAGE).is_file():
+            print(f"curves side by side: {folder / PAGE}")
     _tables.clear()
