@@ -56,9 +56,7 @@ class Experiment:
 
     @functools.cached_property
     def model(self) -> Gemma3:
-        h = self.settings.hardware
-        one_each = h.mesh.tensor == 1
-        return Gemma3(self.settings.model.architecture(), h.compute_dtype, h.remat, h.scan_layers, one_each)
+        return self.settings.hardware.model(self.settings.model.architecture(), self.mesh)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -267,6 +265,7 @@ class Experiment:
         s = self.settings
         runtime = Runtime(self.model, self.tokenizer, generate=self.sampler, reward=self.reward)
         runtime.examples = None if batches is None else batches.examples
+        runtime.n_row_shards = s.hardware.n_row_shards
         if s.algorithm.form == "prompt" and batches is not None:
             runtime.prompts, runtime.more_prompts = batches.examples, more_prompts(batches.examples, s.seed)
         if not s.algorithm.needs_reference:

@@ -16,11 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf.config import Number
-from rlhf.model.attention import Places, choose, mixer
+from rlhf.model.attention import Places, choose
+from rlhf.model.kernels import mixer
 from rlhf.model.layers import gated_mlp, project, project_attention, rms_norm, rope_tables, rotate
-from rlhf.model.lora import KEPT_PRODUCTS, adapt, compute_layer, split_layers, stacked_layers
+from rlhf.model.lora import KEPT_PRODUCTS, adapt, compute_layer, stacked_layers
+from rlhf.model.parts import each_layer, looked_up
 from rlhf.model.random_arrays import normal
-from rlhf.model.vision import Vision, image_ids, soft_features
+from rlhf.model.vision import Vision, image_ids, pictures_of, soft_features
 from rlhf.ops.logprobs import TokenStatistics, target_logprobs, target_statistics
 
 Tree = dict[str, Any]
@@ -80,41 +82,6 @@ class Architecture:
         return {"embedding": (self.vocab_size, d), "layers": stacked, "final_norm": (d,)}
 
 
-@jax.custom_vjp
-def _unstack(stacked: Tree) -> list[Tree]:
-    n_layers = jax.tree.leaves(stacked)[0].shape[0]
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(n_layers)]
-
-
-# The gradient of n slices would be n full-sized arrays added up; stacking the parts writes each once.
-_unstack.defvjp(
-    lambda stacked: (_unstack(stacked), None),
-    lambda _, parts: (jax.tree.map(lambda *xs: jnp.stack(xs), *parts),),
-)
-
-
-@jax.custom_vjp
-def _looked_up(embedding: Array, tokens: Array) -> tuple[Array, Array]:
-    """Rows of the embedding, and the embedding itself, for whoever uses it later."""
-    return embedding[tokens], embedding
-
-
-# The later use's gradient is there first, and that of the rows is added into it: apart from each other, they would be
-# two arrays of the embedding's size.
-_looked_up.defvjp(
-    lambda embedding, tokens: (_looked_up(embedding, tokens), tokens),
-    lambda tokens, parts: (parts[1].at[tokens].add(parts[0]), None),
-)
-
-
-def _layers(stacked: Tree) -> list[Tree]:
-    """One tree for each layer; beside an adapter, the base needs no gradient, and codes of it have none."""
-    if "adapter" not in stacked:
-        return _unstack(stacked)
-    base = split_layers({name: x for name, x in stacked.items() if name != "adapter"})
-    return [{**layer, "adapter": part} for layer, part in zip(base, _unstack(stacked["adapter"]), strict=True)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Gemma3:
     """The model: an architecture and how to run it. Hashable, so that it is a static argument of compiled functions.
@@ -125,6 +92,8 @@ class Gemma3:
         products, `block` only its input.
     scan_layers: one compiled block for all layers (fast to compile), or one for each.
     joint_attention: queries, keys and values are one matrix product; false where heads are split over devices.
+    attention, mesh: what computes the attention over whole rows (`rlhf.model.kernels`), and the devices that it needs
+        to know of where there are several.
     """
 
     architecture: Architecture
@@ -132,6 +101,8 @@ class Gemma3:
     remat: str = "none"
     scan_layers: bool = True
     joint_attention: bool = True
+    attention: str = "xla"
+    mesh: Any = None
 
     def initialise(self, seed: int, dtype: str = "float32") -> Tree:
         """Random parameters, on the host: matrices N(0, 1 / fan-in), embedding N(0, 1 / width), norm weights 0."""
@@ -246,12 +217,12 @@ class Gemma3:
         soft_tokens: Array | None,
         images: Array | None,
     ) -> tuple[Array, Array]:
-        """`hidden`, and the embedding to score tokens with (see `_looked_up`)."""
+        """`hidden`, and the embedding to score tokens with (see `looked_up`)."""
         a = self.architecture
         local_rope, global_rope = self.rope(positions)
         seen = None if soft_tokens is None else image_ids(soft_tokens, a.tower.tokens_per_image)
         n_image = 0 if a.vision is None else a.vision.tokens_per_image
-        mix = mixer(Places(positions, segments, prefixes, seen, n_image), a.window)
+        mix = mixer(self.attention, Places(positions, segments, prefixes, seen, n_image), a.window, self.mesh)
 
         def run(x, layer, is_global):
             rope = choose(is_global, global_rope, local_rope)
@@ -259,13 +230,13 @@ class Gemma3:
 
         keep = KEPT_PRODUCTS if self.remat == "none" else None
         run = jax.checkpoint(run, policy=keep, static_argnums=() if self.scan_layers else (2,))
-        found, embedding = _looked_up(params["model"]["embedding"], tokens)
+        found, embedding = looked_up(params["model"]["embedding"], tokens)
         x = self._with_pictures(params, found, soft_tokens, images)
         stacked = stacked_layers(params, x.shape[0])
         if self.scan_layers:
             x, _ = jax.lax.scan(lambda x, layer: (run(x, *layer), None), x, (stacked, jnp.asarray(a.is_global())))
         else:
-            for layer, is_global in zip(_layers(stacked), a.is_global(), strict=True):
+            for layer, is_global in zip(each_layer(stacked), a.is_global(), strict=True):
                 x = run(x, layer, is_global)
         return rms_norm(x, params["model"]["final_norm"], a.eps), embedding
 
@@ -273,20 +244,20 @@ class Gemma3:
         """`hidden` of a batch (see `token_logprobs`); its leading axes are one, and `joint_…` is not read."""
         tokens, segments, positions = (jnp.asarray(batch[k]) for k in ("tokens", "segments", "positions"))
         tokens, segments, positions = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
-        return self.hidden(params, tokens, segments, positions, None, *_pictures(batch, "soft_tokens"))
+        return self.hidden(params, tokens, segments, positions, None, *pictures_of(batch, "soft_tokens"))
 
     def joint_hidden_of(self, params: Tree, batch: Tree) -> Float[Array, "rows joint width"]:
         """`hidden` of the rows of a batch that hold a shared beginning once (see `rlhf.data.joint`)."""
         parts = (jnp.asarray(batch[f"joint_{name}"]) for name in ("tokens", "segments", "positions", "prefixes"))
         tokens, segments, positions, prefixes = parts
-        return self.hidden(params, tokens, segments, positions, prefixes, *_pictures(batch, "joint_soft_tokens"))
+        return self.hidden(params, tokens, segments, positions, prefixes, *pictures_of(batch, "joint_soft_tokens"))
 
     def _scored(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
         """Score every token but the first of each segment; the others get 0."""
-        if "joint_tokens" in batch:
-            return self._scored_jointly(params, batch, temperature, score)
         if "scored" in batch:
             return self._scored_there(params, batch, temperature, score)
+        if "joint_tokens" in batch:
+            return self._scored_jointly(params, batch, temperature, score)
         hidden = self.hidden_of(params, batch)[:, :-1]
         shape = batch["tokens"].shape
         tokens, segments = (jnp.asarray(batch[name]).reshape(-1, shape[-1]) for name in ("tokens", "segments"))
@@ -302,21 +273,30 @@ class Gemma3:
 
     def _scored_there(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
         """The same numbers at the places `scored` alone, so that prompts cost no scores; 0 elsewhere."""
-        shape = batch["tokens"].shape
-        tokens = jnp.asarray(batch["tokens"]).reshape(-1, shape[-1])
-        places = jnp.asarray(batch["scored"]).reshape(len(tokens), -1)
-        hidden = self.hidden_of(params, batch)
-        before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[:, :, None], axis=1)
-        targets = jnp.take_along_axis(tokens, places, axis=1).reshape(-1)
+        tokens, places = jnp.asarray(batch["tokens"]), jnp.asarray(batch["scored"])
+        targets = jnp.take_along_axis(tokens, places, axis=-1).reshape(-1)
+        hidden, before = self._hidden_before(params, batch, places)
+        before = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[:, :, None], axis=1)
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         scores = score(before.reshape(-1, hidden.shape[-1]), embedding, targets, temperature)
+        at = places.reshape(-1, places.shape[-1])
+        rows = jnp.arange(len(at))[:, None]
 
         def spread(values):
-            values = jnp.where(places > 0, values.reshape(places.shape), 0.0)
-            rows = jnp.arange(len(tokens))[:, None]
-            return jnp.zeros(tokens.shape, values.dtype).at[rows, places].add(values).reshape(shape)
+            values = jnp.where(at > 0, values.reshape(at.shape), 0.0)
+            blank = jnp.zeros((len(at), tokens.shape[-1]), values.dtype)
+            return blank.at[rows, at].add(values).reshape(tokens.shape)
 
         return jax.tree.map(spread, scores)
+
+    def _hidden_before(self, params: Tree, batch: Tree, places: Array) -> tuple[Array, Array]:
+        """Hidden states [rows, …, width], and where in its row the one is that predicts each of `places`."""
+        if "joint_tokens" not in batch:
+            hidden = self.hidden_of(params, batch)
+            return hidden, places.reshape(len(hidden), -1) - 1
+        hidden = self.joint_hidden_of(params, batch)
+        there = jnp.take_along_axis(jnp.asarray(batch["joint_places"]), places, axis=-1).reshape(len(hidden), -1)
+        return hidden, jnp.take_along_axis(jnp.asarray(batch["joint_previous"]), jnp.maximum(there, 0), axis=1)
 
     def _scored_jointly(self, params: Tree, batch: Tree, temperature: Number, score: Callable) -> Any:
         """The same numbers from rows in which sequences that begin alike share their beginning."""
@@ -364,11 +344,3 @@ class Gemma3:
     def unembed(self, params: Tree, hidden: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         embedding = params["model"]["embedding"].astype(self.compute_dtype)
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
-
-
-def _pictures(batch: Tree, name: str) -> tuple[Array | None, Array | None]:
-    """Soft tokens as rows [rows, time], and the images that they are of; nothing of a batch without images."""
-    if "images" not in batch:
-        return None, None
-    soft_tokens = jnp.asarray(batch[name])
-    return soft_tokens.reshape(-1, soft_tokens.shape[-1]), jnp.asarray(batch["images"])

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 
 # by the last part of a parameter's path; the leading axis of layer arrays is `layers`
-RULES: dict[str, tuple[str | None, ...]] = {
+Axes = str | tuple[str, ...] | None  # of the mesh, that one dimension is split over
+
+RULES: dict[str, tuple[Axes, ...]] = {
     "embedding": ("tensor", "fsdp"),
     "query": (None, "fsdp", "tensor", None),
     "key_value": (None, "fsdp", None, "tensor", None),
@@ -38,12 +40,12 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 _ROW_SPLIT = ("o", "down")  # projections whose inputs are heads or feed-forward columns
-# matrices of adapters: what is split of the projection is split of A (its inputs) and of B (its outputs)
-RULES |= {
-    f"{name}.{which}": (None, axis, None) if which == "a" else (None, None, axis)
-    for name in PROJECTIONS
-    for which, axis in zip("ab", ("tensor", "fsdp") if name in _ROW_SPLIT else ("fsdp", "tensor"), strict=True)
-}
+# Matrices of adapters have one long side: A's inputs, B's outputs. It is split as that side of the projection is, and
+# over fsdp in any case.
+for _name in PROJECTIONS:
+    _both: Axes = ("tensor", "fsdp")
+    _a, _b = (_both, "fsdp") if _name in _ROW_SPLIT else ("fsdp", _both)
+    RULES |= {f"{_name}.a": (None, _a, None), f"{_name}.b": (None, None, _b)}
 
 
 def rule_name(path: tuple) -> str:
@@ -77,8 +79,20 @@ def spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     rule = RULES.get(rule_name(path))
     if rule is None or len(rule) != len(shape):
         return PartitionSpec()
-    fits = [axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(rule, shape, strict=True)]
-    return PartitionSpec(*fits)
+    return PartitionSpec(*(_fitting(axes, n, mesh) for axes, n in zip(rule, shape, strict=True)))
+
+
+def _fitting(axes: Axes, size: int, mesh: Mesh) -> Axes:
+    """The first of the axes that together divide a dimension."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    while names and size % n_parts(names, mesh):
+        names = names[:-1]
+    return names if len(names) > 1 else names[0] if names else None
+
+
+def n_parts(axes: Axes, mesh: Mesh) -> int:
+    """How many ways a dimension is split."""
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -106,7 +120,7 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         rule = RULES.get(rule_name(path), ())
         missed = [
-            a for a, b in zip(rule, spec(path, x.shape, mesh), strict=False) if a != b and mesh.shape[a or ""] > 1
+            a for a, b in zip(rule, spec(path, x.shape, mesh), strict=False) if n_parts(a, mesh) > n_parts(b, mesh)
         ]
         if missed and math.prod(x.shape) > 1_000_000:
             log.warning(

@@ -210,3 +210,11 @@ def _layer_norm(x: Float[Array, "... width"], scale: Float[Array, "width"], bias
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
     shape = (1,) * (x.ndim - 1) + scale.shape
     return (normed * scale.astype(jnp.float32).reshape(shape) + bias.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+def pictures_of(batch: Tree, name: str) -> tuple[Array | None, Array | None]:
+    """Soft tokens as rows [rows, time], and the images that they are of; nothing of a batch without images."""
+    if "images" not in batch:
+        return None, None
+    soft_tokens = jnp.asarray(batch[name])
+    return soft_tokens.reshape(-1, soft_tokens.shape[-1]), jnp.asarray(batch["images"])

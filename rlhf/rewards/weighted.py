@@ -3,10 +3,11 @@
 The only caller of rewards: what one returns is checked here, and what goes wrong is named and counted.
 """
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,16 @@ class Rewards:
     `reward/mean` and `reward/std` of the sum, over valid answers.
     """
 
-    def __init__(self, parts: Mapping[str, Reward], scorers: Mapping[str, Callable] | None = None):
+    def __init__(
+        self,
+        parts: Mapping[str, Reward],
+        scorers: Mapping[str, Callable] | None = None,
+        on_devices: Collection[str] = (),
+    ):
         """
+        scorers: what judges for each; by itself, the rewards. on_devices: names of those that run a model of ours, of
+            which all processes of a run compute their part; any other judges in the first process alone.
+
         Raises:
             ConfigError: there is none, or a weight is not finite.
         """
@@ -41,10 +50,18 @@ class Rewards:
                 raise ConfigError(f"reward.{name}.weight={reward.weight} must be finite")
         self.parts = dict(parts)
         self._scorers: dict[str, Callable] = dict(parts if scorers is None else scorers)
+        self._on_devices = frozenset(on_devices)
 
     def connected(self, load: Callable[[str], Any]) -> "Rewards":
         """The same with the models loaded that some need; `load(checkpoint)` gives one (see `Reward.connect`)."""
-        return Rewards(self.parts, {name: reward.connect(load) for name, reward in self.parts.items()})
+        loading: set[str] = set()
+
+        def noted(name: str, checkpoint: str) -> Any:
+            loading.add(name)
+            return load(checkpoint)
+
+        scorers = {name: reward.connect(functools.partial(noted, name)) for name, reward in self.parts.items()}
+        return Rewards(self.parts, scorers, loading)
 
     def __call__(self, answers: Sequence[Answered], step: int) -> Scores:
         """Scores of all answers.
@@ -59,21 +76,33 @@ class Rewards:
         total, is_valid = np.zeros(len(answers), np.float64), np.ones(len(answers), bool)
         for name, reward in self.parts.items():
             begun = time.perf_counter()
-            values, reasons = self._judge(name, answers, step)
-            values = np.array(processes.from_first(values.tolist))  # a judge may tell each process something else
+            values, reasons, told = self._agreed(name, answers, step)
             times[f"rewards/{name}/milliseconds"] = 1000 * (time.perf_counter() - begun)
             _tell(name, reasons, answers)
             metrics |= _summary(f"rewards/{name}", values)
             metrics[f"rewards/{name}/errors"] = float(len(reasons))
-            scorer = self._scorers[name]
-            told = scorer.metrics() if isinstance(scorer, Scorer) else {}
-            metrics |= {f"rewards/{name}/{key}": float(value) for key, value in told.items()}
+            metrics |= {f"rewards/{name}/{key}": value for key, value in told.items()}
             is_valid &= np.isfinite(values)
             total += reward.weight * np.nan_to_num(values, nan=0.0)
             parts[name] = values.astype(np.float32)
         total[~is_valid] = 0.0
         metrics |= _summary("reward", np.where(is_valid, total, np.nan))
         return Scores(total.astype(np.float32), parts, is_valid, metrics, time.perf_counter() - started, times)
+
+    def _agreed(
+        self, name: str, answers: Sequence[Answered], step: int
+    ) -> tuple[Float[np.ndarray, "n"], dict[int, str], dict[str, float]]:
+        """`_judge`, and what the scorer tells of itself: the same in all processes of a run."""
+
+        def judge() -> tuple[list[float], list[tuple[int, str]], dict[str, float]]:
+            values, reasons = self._judge(name, answers, step)
+            scorer = self._scorers[name]
+            told = scorer.metrics() if isinstance(scorer, Scorer) else {}
+            return values.tolist(), list(reasons.items()), {key: float(value) for key, value in told.items()}
+
+        found = judge() if name in self._on_devices else None
+        values, reasons, told = processes.from_first(judge if found is None else lambda: found)
+        return np.array(values, np.float64), {int(place): reason for place, reason in reasons}, told
 
     def _judge(
         self, name: str, answers: Sequence[Answered], step: int

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from omegaconf import DictConfig
 
-from rlhf.algorithms.rehearsal import keeps_reference, n_time, rehearse
+from rlhf.algorithms.rehearsal import keeps_reference, rehearse
 from rlhf.config import config, require_range
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.lora import abstract_adapter
@@ -61,10 +61,10 @@ class Plan:
         setup = self.setup(s, _mesh(s))
         need = self.need(s, setup)
         rows = setup.batch["row"].shape[0]
-        length = n_time(s.algorithm, _max_length(s.dataset))
-        n_tokens = math.prod(setup.batch["tokens"].shape)
+        run = setup.batch.get("joint_tokens", setup.batch["tokens"])  # a beginning that is shared is run once
+        length, n_tokens = run.shape[-1], math.prod(run.shape)
         n_shards = s.hardware.n_row_shards
-        n_microbatches = rows // s.algorithm.microbatch_size
+        n_microbatches = rows // s.algorithm.rows_at_once(setup.batch)
         limit, told = _limit(s)
         numbers = {
             "peak_bytes": need.peak,
@@ -91,31 +91,36 @@ class Plan:
         """The run's optimizer step as shapes."""
         h, architecture = s.hardware, s.model.architecture()
         model = Gemma3(architecture, stand_in(h.compute_dtype), h.remat, h.scan_layers, h.mesh.tensor == 1)
+        if h.attention != "xla":
+            log.info("hardware.attention=%s runs on its own devices only: attention is planned as xla", h.attention)
         trainable, frozen = _components(s)
         start = {name: tree for name, tree in trainable.items() if name != "adapter"}
         make = functools.partial(s.algorithm.components, load=lambda _: {**frozen, **trainable}, seed=s.seed)
         further = jax.eval_shape(make, {**frozen, **trainable})
-        found = rehearse(
-            s.algorithm, architecture, {**frozen, **trainable, **further}, _max_length(s.dataset), s.sampling
-        )
+        components = {**frozen, **trainable, **further}
+        found = rehearse(s.algorithm, architecture, components, _max_length(s.dataset), s.sampling, h.n_row_shards)
         kept = start if keeps_reference(s.algorithm) or further else {}
         remembered = {f"remembered {name}": trainable[name] for name in found.remembers if name in trainable}
-        n_rows = s.algorithm.rows_per_batch // s.algorithm.minibatches
+        n_rows = found.batch["row"].shape[0] // s.algorithm.minibatches
         batch = {
             name: jax.ShapeDtypeStruct((n_rows, *x.shape[1:]) if x.shape else (), x.dtype)
             for name, x in found.batch.items()
-        } | self._pictures(s, n_rows, found.batch["tokens"].shape[1:])
+        } | self._pictures(s, n_rows, found.batch)
         if "adapter_dropout" in frozen:
             batch["noise"] = jax.ShapeDtypeStruct((n_rows,), jnp.uint32)
         return Setup(model, s.algorithm, trainable | further, frozen, {**kept, **remembered}, batch, mesh)
 
-    def _pictures(self, s: Settings, n_rows: int, of_row: tuple[int, ...]) -> Tree:
+    def _pictures(self, s: Settings, n_rows: int, batch: Tree) -> Tree:
         vision = s.model.architecture().vision
         if not self.images or vision is None:
             return {}
         size = (n_rows, self.images, vision.image_size, vision.image_size, 3)
-        soft = jax.ShapeDtypeStruct((n_rows, *of_row), jnp.int32)
-        return {"images": jax.ShapeDtypeStruct(size, jnp.uint8), "soft_tokens": soft}
+        tokens = {name: x for name, x in batch.items() if name in ("tokens", "joint_tokens")}
+        soft = {
+            name.replace("tokens", "soft_tokens"): jax.ShapeDtypeStruct((n_rows, *x.shape[1:]), jnp.int32)
+            for name, x in tokens.items()
+        }
+        return {"images": jax.ShapeDtypeStruct(size, jnp.uint8), **soft}
 
     def need(self, s: Settings, setup: Setup) -> Need:
         """Bytes on a device, of the update and of generation, where the algorithm generates."""
@@ -132,7 +137,7 @@ class Plan:
 
     def _advice(self, s: Settings, setup: Setup, need: Need, limit: float) -> dict[str, int | None]:
         """The largest microbatch that fits, for each setting of remat."""
-        rows, shards = setup.batch["row"].shape[0], s.hardware.n_row_shards
+        rows, shards = s.algorithm.rows_per_batch // s.algorithm.minibatches, s.hardware.n_row_shards
         fitting = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
         if s.algorithm.needs_whole_batch:
             fitting = [rows]
@@ -144,7 +149,8 @@ class Plan:
         def find(other: Setup) -> Need:
             key = (other.model.remat, other.algorithm.microbatch_size)
             if key not in known:
-                known[key] = self.need(s, other)
+                again = self.setup(dataclasses.replace(s, algorithm=other.algorithm), setup.mesh)  # rows may be others
+                known[key] = self.need(s, dataclasses.replace(other, batch=again.batch))
             return known[key]
 
         found = {}

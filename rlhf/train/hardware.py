@@ -9,6 +9,8 @@ import jax
 
 from rlhf.config import config, require_range
 from rlhf.errors import ConfigError
+from rlhf.model import kernels
+from rlhf.model.gemma3 import Architecture, Gemma3
 from rlhf.model.sharding import make_mesh
 from rlhf.train.processor import prepare_processor
 
@@ -59,6 +61,7 @@ class Hardware:
     compute_dtype: Dtype = "float32"
     remat: Literal["none", "block"] = "none"
     scan_layers: bool = True
+    attention: kernels.Kind = "xla"
     compilation_cache: str | None = None
     visible_devices: tuple[int, ...] | None = None
     memory_fraction: float | None = None
@@ -84,6 +87,19 @@ class Hardware:
                 f"visible_devices={list(self.visible_devices)} must be numbers of devices, each once; null for all"
             )
 
+    def model(self, architecture: Architecture, mesh: Any) -> Gemma3:
+        """The model as this hardware runs it.
+
+        Raises:
+            ConfigError: `attention` is a kernel that doesn't run here.
+        """
+        kernels.require(self.attention, self.compute_dtype, architecture.head_width)
+        one_each = self.mesh.tensor == 1
+        return Gemma3(
+            architecture, self.compute_dtype, self.remat, self.scan_layers, one_each, self.attention,
+            None if self.attention == "xla" else mesh,
+        )  # fmt: skip
+
     @property
     def n_row_shards(self) -> int:
         """Parts into which the rows of a batch are split."""
@@ -93,7 +109,7 @@ class Hardware:
         """Configure JAX and make the mesh (None for one device). Call before the first array is made.
 
         Raises:
-            ConfigError: no such platform here, or fewer devices than the mesh needs.
+            ConfigError: no such platform here, fewer devices than the mesh needs, or a kernel of another device.
         """
         self._keep_programs()
         self._choose_devices()
@@ -103,6 +119,7 @@ class Hardware:
             self._require_platform(self.platform)
         if self.processes is not None:
             self._require_all_devices()
+        kernels.require(self.attention, self.compute_dtype)
         return make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.tensor)
 
     def _require_all_devices(self) -> None:

@@ -65,8 +65,7 @@ def load_model(checkpoint: str, like: ModelSettings, hardware: Hardware, mesh: M
         raise CheckpointError(f"{checkpoint} has no tokenizer.model beside it")
     log.info("beside the model that is trained: %s", checkpoint)
     tokenizer = Tokenizer(source.tokenizer)
-    one_each = hardware.mesh.tensor == 1
-    model = Gemma3(architecture, hardware.compute_dtype, hardware.remat, hardware.scan_layers, one_each)
+    model = hardware.model(architecture, mesh)
     params = source.load(architecture, hardware.param_dtype, mesh)
     others = {} if record is None else _others(source)
     return Loaded(

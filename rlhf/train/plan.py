@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf.model.gemma3 import Gemma3
-from rlhf.model.sharding import spec, with_shardings
+from rlhf.model.sharding import n_parts, spec, with_shardings
 from rlhf.ops.logprobs import LOGITS
 from rlhf.sampling.ahead import kept_bytes
 from rlhf.sampling.programs import Setting
@@ -27,7 +27,11 @@ from rlhf.train.update import eager_update, initial_optimizer
 Tree = Any
 
 # How good the machine code is does not change what memory it needs.
-_QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+_QUICK: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_embed_ir_in_executable": False,
+}
 
 
 def stand_in(dtype: str) -> str:
@@ -88,8 +92,8 @@ def n_bytes(tree: Tree, mesh: Any = None) -> int:
 
     def of(path: Any, x: Any) -> int:
         shape = x.shape
-        n_parts = math.prod(mesh.shape[axis] for axis in spec(path, shape, mesh) if axis) if mesh is not None else 1
-        return math.prod(shape) * x.dtype.itemsize // n_parts
+        split = 1 if mesh is None else math.prod(n_parts(axes, mesh) for axes in spec(path, shape, mesh))
+        return math.prod(shape) * x.dtype.itemsize // split
 
     return sum(of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
 
@@ -108,7 +112,11 @@ def need_of(setup: Setup) -> Need:
         inputs = (*(with_shardings(tree, mesh) for tree in inputs[:2]), _rows_spread(setup.batch, mesh))
     run = jax.jit(functools.partial(eager_update, model=setup.model, mesh=mesh), donate_argnums=0)
     numbers = jax.tree.map(lambda x: jnp.float32(x) if isinstance(x, int | float) else x, setup.algorithm)
-    compiled = run.lower(*inputs, numbers, jax.ShapeDtypeStruct((), jnp.int32)).compile(compiler_options=_QUICK)
+    lowered = run.lower(*inputs, numbers, jax.ShapeDtypeStruct((), jnp.int32))
+    try:
+        compiled = lowered.compile(compiler_options=_QUICK)
+    except jax.errors.JaxRuntimeError:  # options come and go; without them it only takes longer
+        compiled = lowered.compile()
     found: Any = compiled.memory_analysis()
     gradients = n_bytes(setup.trainable, mesh)
     parts = {

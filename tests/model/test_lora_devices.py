@@ -7,9 +7,10 @@ import pytest
 
 from rlhf.algorithms.sft import SFT
 from rlhf.model.gemma3 import Architecture, Gemma3
-from rlhf.model.lora import LoRA, draw_adapter
+from rlhf.model.lora import LoRA, abstract_adapter, draw_adapter
 from rlhf.model.quantised import quantise_base
 from rlhf.model.sharding import make_mesh, place, place_rows
+from rlhf.train.plan import n_bytes
 from rlhf.train.update import initial_state, loss_and_gradient
 
 A = Architecture(
@@ -57,9 +58,20 @@ def test_every_mesh_gives_the_numbers_of_one_device(kind, mesh):
         if name.endswith("norm") or x.ndim == 0:
             continue
         n_parts = x.size / x.addressable_shards[0].data.size
-        # a scale has no axis of the inputs (int8); a matrix of an adapter is split along its long side
-        is_partly = name.endswith(("/a", "/b", "/scale"))
-        assert n_parts >= (2 if is_partly else mesh[1] * mesh[2]), name
+        # a scale has no axis of the inputs (int8); of a pair of an adapter one has no axis that is split over tensor
+        least = 2 if name.endswith("/scale") else mesh[1] if name.endswith(("/a", "/b")) else mesh[1] * mesh[2]
+        assert n_parts >= least, name
+
+
+@pytest.mark.parametrize("targets", ["qv", "all"])
+def test_bytes_of_adapters_on_each_device_fall_as_the_number_of_parts(targets):
+    """Of 1B's shapes: no axis of the mesh fails to divide them, and nothing is whole on each device."""
+    sizes = Architecture(262_144, 1152, 6912, 26, 4, 1, 256, 256**-0.5, 512)
+    whole = {"adapter": abstract_adapter(sizes, LoRA(rank=4, targets=targets))}
+    for fsdp in (2, 4, 8):
+        assert n_bytes(whole, make_mesh(1, fsdp, 1)) * fsdp == n_bytes(whole)
+    tensor_too = n_bytes(whole, make_mesh(1, 4, 2)) * 4 / n_bytes(whole)
+    assert 0.5 < tensor_too < 1
 
 
 def test_the_optimizer_of_an_adapter_is_split_like_it():

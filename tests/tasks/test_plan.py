@@ -88,6 +88,15 @@ def test_a_shared_base_is_counted_once_and_a_reference_twice():
     assert cached.reference == {}
 
 
+@pytest.mark.parametrize("kind", ["cudnn", "splash"])
+def test_a_kernel_of_another_device_is_planned_as_what_runs_everywhere(kind, caplog):
+    caplog.set_level("INFO")
+    words = ("model=tiny", "hardware=gpu_24gb", "dataset.max_length=32")
+    setup = plan.Plan().setup(composed(*words, f"hardware.attention={kind}"), None)
+    assert setup == plan.Plan().setup(composed(*words), None)
+    assert f"hardware.attention={kind} runs on its own devices only: attention is planned as xla" in caplog.text
+
+
 def test_parameters_on_a_mesh_are_divided():
     words = ("dataset.max_length=32", "algorithm.batch_size=8", "algorithm.microbatch_size=8")
     whole = need_of(plan.Plan().setup(composed(*words), None))

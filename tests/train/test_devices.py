@@ -86,7 +86,8 @@ def test_the_documentation_has_the_table_of_rules():
     text = (Path(__file__).parents[2] / "docs" / "hardware.md").read_text()
     for name, rule in RULES.items():
         (line,) = [line for line in text.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1]]
-        assert line.split("|")[2].strip() == ", ".join(axis or "–" for axis in rule), name
+        axes = (" and ".join(axis) if isinstance(axis, tuple) else axis or "–" for axis in rule)
+        assert line.split("|")[2].strip() == ", ".join(axes), name
 
 
 def bytes_on_each(tree: dict, mesh) -> int:

@@ -187,6 +187,10 @@ def without_held_out(row: dict) -> dict:
     return {name: x for name, x in row.items() if not name.startswith("val/")}
 
 
+def without_times(row: dict) -> dict:
+    return {name: x for name, x in row.items() if not name.startswith("time/") and not name.endswith("milliseconds")}
+
+
 def require_equal(found: list[dict], expected: list[dict]) -> None:
     assert len(found) == len(expected)
     for row, wanted in zip(found, expected, strict=True):
@@ -219,6 +223,38 @@ def test_two_processes_give_the_numbers_of_one_and_go_on(tmp_path, command):
 
     done = command("hardware=auto", *QUICK, "trainer.max_steps=4", f"resume={folder}")  # one process reads it as well
     assert done.code == 0, done.output
+
+
+JUDGE = """
+def judge(prompts, completions, fields, step):
+    with open("judged.txt", "a") as file:
+        file.write(f"{step} ")
+    return [float(len(text) % 7) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_online_as_one(tmp_path, command):
+    """Two steps of GRPO with an adapter: the same answers, rewards and updates; only the first process judges."""
+    words = (
+        "algorithm=grpo", "algorithm.group_size=2", "algorithm.max_new_tokens=4", "reward=[python,length]",
+        "reward.python.function=judging.judge", "model.lora.rank=2", "trainer.max_steps=2", "trainer.samples_every=1",
+        "trainer.n_samples=2", "trainer.checkpoint_every=0", "trainer.eval_rows=0", "evaluation.rows=0",
+    )  # fmt: skip
+    places = [tmp_path, *(tmp_path / "pair" / f"process_{number}" for number in range(2))]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "judging.py").write_text(JUDGE)
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    done = command("hardware=auto", *QUICK, *words, f"hydra.run.dir={alone}")
+    assert done.code == 0, done.output
+    pair = Pair(tmp_path / "pair", folder, *words)
+    assert pair.codes(240) == [0, 0], pair.output(0) + pair.output(1)
+    found, expected = ([without_times(row) for row in numbers(one)] for one in (folder, alone))
+    require_equal(found, expected)
+    assert len(found) == 2
+    assert (places[1] / "judged.txt").read_text().split() == (tmp_path / "judged.txt").read_text().split()
+    assert {path.name for path in places[2].iterdir()} <= {"judging.py", "__pycache__"}
 
 
 @pytest.mark.slow

@@ -17,6 +17,20 @@ from rlhf.model.vision import Vision
 FILE = "config.json"
 _REL = 1e-6
 
+# their names of our numbers
+_SIZES = {
+    "hidden_size": "width",
+    "intermediate_size": "ff_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+}
+_TEXT = _SIZES | {
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_width",
+    "sliding_window": "window",
+    "rms_norm_eps": "eps",
+}
+_VISION = _SIZES | {"image_size": "image_size", "patch_size": "patch", "layer_norm_eps": "eps"}
 # what a file may leave out and arrays do not show
 _DEFAULTS = {
     "query_pre_attn_scalar": 256,
@@ -61,16 +75,7 @@ def require_same(path: Path, a: Architecture) -> None:
 
 
 def _text_differences(text: dict[str, Any], a: Architecture) -> list[str]:
-    ours: dict[str, tuple[str, Any]] = {
-        "hidden_size": ("model.width", a.width),
-        "intermediate_size": ("model.ff_width", a.ff_width),
-        "num_hidden_layers": ("model.layers", a.layers),
-        "num_attention_heads": ("model.heads", a.heads),
-        "num_key_value_heads": ("model.kv_heads", a.kv_heads),
-        "head_dim": ("model.head_width", a.head_width),
-        "sliding_window": ("model.window", a.window),
-        "rms_norm_eps": ("model.eps", a.eps),
-    }
+    ours = {theirs: (f"model.{name}", getattr(a, name)) for theirs, name in _TEXT.items()}
     found = _differences(_DEFAULTS | text, ours)
     scalar = (_DEFAULTS | text)["query_pre_attn_scalar"]
     if not math.isclose(scalar**-0.5, a.query_scale, rel_tol=_REL):
@@ -127,15 +132,7 @@ def _factor(scaling: dict[str, Any]) -> float:
 def _vision_differences(config: dict[str, Any], a: Architecture) -> list[str]:
     v, theirs = a.vision, config["vision_config"]
     assert v is not None
-    ours: dict[str, tuple[str, Any]] = {
-        "hidden_size": ("model.vision.width", v.width),
-        "intermediate_size": ("model.vision.ff_width", v.ff_width),
-        "num_hidden_layers": ("model.vision.layers", v.layers),
-        "num_attention_heads": ("model.vision.heads", v.heads),
-        "image_size": ("model.vision.image_size", v.image_size),
-        "patch_size": ("model.vision.patch", v.patch),
-        "layer_norm_eps": ("model.vision.eps", v.eps),
-    }
+    ours = {name: (f"model.vision.{own}", getattr(v, own)) for name, own in _VISION.items()}
     tokens = {"mm_tokens_per_image": ("model.vision.tokens_per_image", v.tokens_per_image)}
     return [f"vision {line}" for line in _differences(theirs, ours)] + _differences(config, tokens)
 
@@ -149,21 +146,14 @@ def text_config(a: Architecture, n_rows: int, dtype: str) -> dict[str, Any]:
     return {
         "model_type": "gemma3_text",
         "vocab_size": n_rows,
-        "hidden_size": a.width,
-        "intermediate_size": a.ff_width,
-        "num_hidden_layers": a.layers,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.head_width,
+        **{theirs: getattr(a, name) for theirs, name in _TEXT.items()},
         "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar), rel_tol=_REL) else scalar,
-        "sliding_window": a.window,
         "sliding_window_pattern": a.pattern,
         "layer_types": ["full_attention" if one else "sliding_attention" for one in a.is_global()],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": a.rope_base_local},
             "full_attention": everywhere,
         },
-        "rms_norm_eps": a.eps,
         "max_position_embeddings": 32_768 if a.rope_scale == 1 else 131_072,
         "bos_token_id": 2,
         "eos_token_id": 1,
@@ -177,14 +167,8 @@ def vision_config(v: Vision, dtype: str) -> dict[str, Any]:
     """The tower's part."""
     return {
         "model_type": "siglip_vision_model",
-        "hidden_size": v.width,
-        "intermediate_size": v.ff_width,
-        "num_hidden_layers": v.layers,
-        "num_attention_heads": v.heads,
-        "image_size": v.image_size,
-        "patch_size": v.patch,
+        **{theirs: getattr(v, name) for theirs, name in _VISION.items()},
         "num_channels": 3,
-        "layer_norm_eps": v.eps,
         "hidden_act": "gelu_pytorch_tanh",
         "vision_use_head": False,
         "dtype": dtype,

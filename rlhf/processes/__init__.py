@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.processes.line import Line
 
 log = logging.getLogger(__name__)
 
@@ -45,40 +46,6 @@ def quiet_words(number: int) -> list[str]:
     ]  # fmt: skip
 
 
-class _Line:
-    """A connection on which both sides send JSON objects, one a line."""
-
-    def __init__(self, connection: socket.socket):
-        self._socket, self._lock = connection, threading.Lock()
-        self._file = connection.makefile("r", encoding="utf-8")
-
-    def send(self, **message: Any) -> None:
-        with self._lock, contextlib.suppress(OSError):  # who reads the other end is told of a break
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def close(self) -> None:
-        """End the connection; a thread that waits for a message gets its end."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._file.close()
-        self._socket.close()
-
-    def receive(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; None at the end of the connection.
-
-        Raises:
-            TimeoutError: nothing came.
-        """
-        self._socket.settimeout(seconds)
-        try:
-            line = self._file.readline()
-        except TimeoutError:
-            raise
-        except (OSError, ValueError):  # broken, or closed by this side
-            return None
-        return json.loads(line) if line.endswith("\n") else None
-
-
 class Group:
     """The processes of a run, seen from one of them: `number` of `count`.
 
@@ -89,7 +56,7 @@ class Group:
         self.number, self.count, self.timeout_seconds = number, count, timeout_seconds
         self.folder = ""
         self.n_values = 0  # told by `from_first`
-        self._lines: dict[int, _Line] = {}  # of the first process one to each other, else one to the first
+        self._lines: dict[int, Line] = {}  # of the first process one to each other, else one to the first
         self._done: set[int] = set()
         self._all_done = threading.Event()
         self._has_asked = False  # for a stop
@@ -121,7 +88,7 @@ class Group:
             while len(self._lines) < self.count - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 try:
-                    line = _Line(server.accept()[0])
+                    line = Line(server.accept()[0])
                     hello = line.receive(max(deadline - time.monotonic(), 0.01))
                 except TimeoutError:
                     self._refuse(
@@ -137,7 +104,7 @@ class Group:
         for line in self._lines.values():
             line.send(folder=self.folder)
 
-    def _compare(self, hello: dict[str, Any], other: int, identity: dict[str, str], line: _Line) -> None:
+    def _compare(self, hello: dict[str, Any], other: int, identity: dict[str, str], line: Line) -> None:
         theirs = hello["identity"]
         changed = [k for k in sorted({*identity, *theirs}) if identity.get(k) != theirs.get(k)]
         reason = None
@@ -161,7 +128,7 @@ class Group:
         where = f"process 0 at {host}:{port} (hardware.processes.coordinator, and the port after its)"
         while True:
             try:
-                line = _Line(socket.create_connection((host, port), timeout=5))
+                line = Line(socket.create_connection((host, port), timeout=5))
                 break
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -188,7 +155,7 @@ class Group:
         for line in self._lines.values():
             line.send(**message)
 
-    def _listen(self, other: int, line: _Line) -> None:
+    def _listen(self, other: int, line: Line) -> None:
         """What one other process says, until it says that it is done; if it falls silent before, this one ends."""
         while True:
             try:
