@@ -26,8 +26,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/rlhf pipeline=quickstart
 
+# neighbours in one process: they compile the same programs
 test: setup
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 # PEERS_PIP is for pip: where it finds torch's CPU build, for instance
 .venv-peers/.done: tests/peers/requirements.txt

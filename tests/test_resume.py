@@ -124,6 +124,44 @@ def test_killed_again_and_again(place, whole):
     assert_same_run(folder, whole)
 
 
+REWARD = """
+import time
+from pathlib import Path
+
+def odd(prompts, completions, fields, step):
+    if step == 3 and not Path("judging").exists():
+        Path("judging").touch()
+        time.sleep(5)
+    return [float(len(text) % 3 == 0) for text in completions]
+"""
+
+
+def test_killed_while_answers_are_judged(place):
+    """Dynamic sampling reads prompts ahead of its step: their place is in the checkpoint too."""
+    (place / "slow.py").write_text(REWARD)
+    words = [
+        "algorithm=dapo", "algorithm.group_size=2", "algorithm.minibatches=2", "algorithm.max_new_tokens=8",
+        "algorithm.truncation.buffer=2", "reward=python", "reward.python.function=slow.odd", *WORDS[2:],
+        "trainer.max_steps=5", "trainer.samples_every=1", "trainer.eval_every=0",
+    ]  # fmt: skip
+    process = start(place, *words, "hydra.run.dir=judged")
+    wait_for(process, (place / "judging").exists)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    assert "going on after step 2 of" in run(place, *words, "hydra.run.dir=judged", "resume=auto")
+    run(place, *words, "hydra.run.dir=unjudged")
+    found, expected = place / "judged", place / "unjudged"
+    assert sum(row.get("groups/attempts", 0) for row in rows(expected)) > 0
+    assert without_times(rows(found)) == without_times(rows(expected))
+    assert (found / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
+    assert arrays(found, 5) == arrays(expected, 5)
+
+
+def without_times(found: list[dict]) -> list[dict]:
+    ends = ("/milliseconds", "/compilations")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith(ends)} for row in found]
+
+
 def test_sigterm_saves_and_says_how_to_go_on(place, whole):
     folder = place / "stopped"
     process = start(place, *WORDS, "hydra.run.dir=stopped")

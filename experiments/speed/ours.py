@@ -15,7 +15,7 @@ def _text(draw: random.Random, n_words: int) -> str:
 
 
 def write_rows(folder: Path) -> None:
-    """`sft.jsonl` and `dpo.jsonl`: 64 rows each, longer than 256 tokens of the embedded tokenizer."""
+    """`sft.jsonl`, `dpo.jsonl`, `prompts.jsonl`: 64 rows each, longer than a row may be."""
     draw = random.Random(0)
     with open(folder / "sft.jsonl", "w") as sft, open(folder / "dpo.jsonl", "w") as dpo:
         for _ in range(64):
@@ -23,6 +23,27 @@ def write_rows(folder: Path) -> None:
             dialogues = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
             print(json.dumps({"messages": dialogues[0]}), file=sft)
             print(json.dumps({"chosen": dialogues[0], "rejected": dialogues[1]}), file=dpo)
+    rows = (json.dumps({"prompt": _text(draw, 100)}) for _ in range(64))
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+
+
+_DATA = {"sft": "sft_jsonl", "dpo": "preference_jsonl", "grpo": "prompts_jsonl", "ppo": "prompts_jsonl"}
+
+
+def _online(method: str) -> dict[str, object]:
+    """Rewards that cost nothing; PPO makes two passes of two optimizer steps."""
+    rows = shape.ROWS[method]
+    settings = {
+        "reward": "random",
+        "dataset.max_length": shape.ASKED,
+        "algorithm.max_new_tokens": shape.ANSWERED,
+        "evaluation.rows": 0,
+    }
+    if method == "grpo":
+        sizes = {"group_size": shape.SAMPLES, "microbatch_size": rows * shape.SAMPLES}
+    else:
+        sizes = {"epochs": 2, "minibatches": 2, "microbatch_size": rows // 2}
+    return settings | {f"algorithm.{name}": value for name, value in sizes.items()}
 
 
 def command(method: str, n_steps: int, rows: Path, out: Path, cache: Path) -> list[str]:
@@ -37,8 +58,8 @@ def command(method: str, n_steps: int, rows: Path, out: Path, cache: Path) -> li
         "hydra.run.dir": out,
         "hardware": "cpu",
         "hardware.compilation_cache": cache,
-        "dataset": {"sft": "sft_jsonl", "dpo": "preference_jsonl"}[method],
-        "dataset.path": rows / f"{method}.jsonl",
+        "dataset": _DATA[method],
+        "dataset.path": rows / f"{method if method in ('sft', 'dpo') else 'prompts'}.jsonl",
         "dataset.max_length": shape.TIME,
         "dataset.on_long": "truncate",
         "algorithm": method,
@@ -48,5 +69,7 @@ def command(method: str, n_steps: int, rows: Path, out: Path, cache: Path) -> li
         "trainer.max_steps": n_steps,
         "trainer.epochs": 1000,
     }
+    if method in ("grpo", "ppo"):
+        overrides |= _online(method)
     overrides |= {f"model.{key}": value for key, value in model.items()}
     return [sys.executable, "-m", "rlhf", *(f"{key}={value}" for key, value in overrides.items())]

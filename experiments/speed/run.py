@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from contenders import absolute, begin, interpreter_with  # noqa: E402
 
+METHODS = ("sft", "dpo", "grpo", "ppo")
 N_WARM_UP = 2  # steps that are not counted, after the first
 _STEP = re.compile(r"\bstep +\d+/\d+")
 
@@ -37,7 +38,7 @@ class Peer:
 
 PEERS = (
     Peer("transformers loop", "transformers", "transformers_peer.py", ("sft",)),
-    Peer("TRL", "trl", "trl_peer.py", ("sft", "dpo")),
+    Peer("TRL", "trl", "trl_peer.py", ("sft", "dpo", "grpo")),
     Peer("Tunix", "tunix", "tunix_peer.py", ("sft", "dpo")),
 )
 
@@ -163,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
     parser.add_argument("--steps", type=int, default=15, help="optimizer steps of each run")
-    parser.add_argument("--methods", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--only", nargs="+", help="contenders to run, by the names of the table; all if not given")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine before each run")
     parser.add_argument(

@@ -21,7 +21,10 @@ SIZE = SIZES[NAME]
 
 TIME = 256
 PROMPT = 32  # of the 256 tokens of a preference pair's answers
-ROWS = {"tiny": {"sft": 8, "dpo": 4}, "270m": {"sft": 2, "dpo": 1}}[NAME]  # sequences, or pairs of them
+# sequences, or pairs of them, or prompts
+ROWS = {"tiny": {"sft": 8, "dpo": 4, "grpo": 4, "ppo": 8}, "270m": {"sft": 2, "dpo": 1, "grpo": 2, "ppo": 2}}[NAME]
+SAMPLES = 4  # answers to each prompt of GRPO
+ASKED, ANSWERED = 64, 64  # tokens of the prompts and of the answers that are written to them
 LEARNING_RATE = 1e-5
 BETA = 0.1
 

@@ -1,6 +1,7 @@
-"""TRL's SFTTrainer and DPOTrainer, float32, no gradient checkpointing: python trl_peer.py sft|dpo STEPS"""
+"""TRL's SFT, DPO and GRPO trainers, float32, no gradient checkpointing: python trl_peer.py sft|dpo|grpo STEPS"""
 
 import copy
+import random
 import sys
 import tempfile
 
@@ -23,7 +24,7 @@ def _settings(method: str, n_steps: int, folder: str) -> dict:
         "max_steps": n_steps,
         "per_device_train_batch_size": shape.ROWS[method],
         "learning_rate": shape.LEARNING_RATE,
-        "max_length": shape.TIME,
+        **({} if method == "grpo" else {"max_length": shape.TIME}),
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -55,8 +56,24 @@ def _dpo(n_steps: int, folder: str):
     return trl.DPOTrainer(model, reference, args=args, train_dataset=rows, processing_class=new_tokenizer())
 
 
+def _grpo(n_steps: int, folder: str):
+    rows = Dataset.from_dict({"prompt": [text(row) for row in shape.token_rows(64, shape.ASKED, 0)]})
+    draw = random.Random(0)
+    settings = _settings("grpo", n_steps, folder) | {"per_device_train_batch_size": shape.ROWS["grpo"] * shape.SAMPLES}
+    args = trl.GRPOConfig(
+        num_generations=shape.SAMPLES, max_completion_length=shape.ANSWERED, beta=0.04, temperature=1.0, **settings
+    )
+    return trl.GRPOTrainer(
+        new_model(shape.SIZE).train(),
+        reward_funcs=lambda completions, **_: [float(draw.random() < 0.5) for _ in completions],
+        args=args,
+        train_dataset=rows,
+        processing_class=new_tokenizer(),
+    )
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"sft": _sft, "dpo": _dpo}[sys.argv[1]](int(sys.argv[2]), folder)
+        trainer = {"sft": _sft, "dpo": _dpo, "grpo": _grpo}[sys.argv[1]](int(sys.argv[2]), folder)
         trainer.add_callback(_SaySteps())
         trainer.train()

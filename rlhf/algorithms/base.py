@@ -61,6 +61,7 @@ class Runtime:
     memory: arrays an algorithm keeps between steps (a running mean, an adaptive coefficient, a moving reference). Empty
         at the start; part of every checkpoint.
     step: number of the batch that is prepared, from 0.
+    n_row_shards: parts into which the rows of every microbatch are split, over devices.
     """
 
     model: Any
@@ -74,6 +75,7 @@ class Runtime:
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     log: StepLog = dataclasses.field(default_factory=StepLog)
     step: int = 0
+    n_row_shards: int = 1
 
 
 @config
@@ -129,6 +131,10 @@ class Algorithm:
     def rows_per_batch(self) -> int:
         """Rows of a prepared batch, which minibatches and microbatches are cut from; prompts may have several each."""
         return self.batch_size
+
+    def rows_at_once(self, batch: Batch) -> int:
+        """Rows of this prepared batch that are one microbatch; fewer than `microbatch_size` where a row has several."""
+        return self.microbatch_size
 
     @property
     def needs_reference(self) -> bool:

@@ -98,7 +98,8 @@ def warn_if_flat(
     n_flat = int(runtime.memory.get("n_flat_batches", 0)) + 1 if reason else 0
     runtime.memory["n_flat_batches"] = np.asarray(n_flat)
     if n_flat and n_flat & (n_flat - 1) == 0:
-        on_end = f", and in the {n_flat - 1} batches before it" if n_flat > 1 else ""
+        before = "batch" if n_flat == 2 else f"{n_flat - 1} batches"
+        on_end = f", and in the {before} before it" if n_flat > 1 else ""
         log.warning("step %d%s: %s", runtime.step + 1, on_end, reason)
 
 

@@ -31,6 +31,7 @@ from rlhf.algorithms.rollouts import (
     roll_out,
 )
 from rlhf.algorithms.saved_rollouts import replay
+from rlhf.algorithms.together import rows_of
 from rlhf.config import Number, config, require_range
 from rlhf.data.encode import Prompt
 from rlhf.errors import ConfigError
@@ -88,6 +89,10 @@ class GRPO(Online):
             )
 
     @property
+    def trains_entropy(self):
+        return self.entropy_bonus is not None
+
+    @property
     def needs_reference(self):
         return self.kl.is_used
 
@@ -99,23 +104,30 @@ class GRPO(Online):
     def prepare(self, runtime, params, batch, key):
         rollouts, told = self._collect(runtime, params, batch["prompts"])
         batch = as_batch(runtime, rollouts, self.max_new_tokens)
+        in_rows = rows_of(runtime, rollouts, self)
+        seen, shape = in_rows(batch), batch["tokens"].shape
         if self.needs_old_logprobs:
-            batch["old_logprobs"] = policy_logprobs(runtime, params, batch, self)
+            batch["old_logprobs"] = policy_logprobs(runtime, params, seen, self).reshape(shape)
         if self.needs_reference:
-            batch["reference_logprobs"] = reference_logprobs(runtime, batch, self)
+            batch["reference_logprobs"] = reference_logprobs(runtime, seen, self).reshape(shape)
         is_kept = rollouts.is_valid & self.truncation.is_kept(rollouts.is_truncated)
         is_kept &= np.repeat(self.groups.is_kept(rollouts, self.group_size), self.group_size)
         is_counted = batch["is_answer"] & is_kept[:, None]
         advantages = self.advantages(rollouts, batch) * is_counted
         by_answer = advantages.sum(axis=-1) / rollouts.n_tokens
         self._tell(runtime, rollouts, by_answer, is_kept, told)
-        return {
-            **batch,
-            "advantages": advantages,
-            "weight": self.weighting(is_counted).astype(np.float32),
-            "is_chosen": self.tokens(is_counted, batch["sampler_entropy"]),
-            "token_weight": PerToken()(batch["is_answer"]).astype(np.float32),
-        }
+        return in_rows(
+            {
+                **batch,
+                "advantages": advantages,
+                "weight": self.weighting(is_counted).astype(np.float32),
+                "is_chosen": self.tokens(is_counted, batch["sampler_entropy"]),
+                "token_weight": PerToken()(batch["is_answer"]).astype(np.float32),
+            }
+        )
+
+    def rows_at_once(self, batch):
+        return self.microbatch_size // (1 if batch["tokens"].ndim == 2 else batch["tokens"].shape[1])
 
     def _collect(self, runtime: Runtime, params: Params, prompts: list[Prompt]) -> tuple[Rollouts, dict[str, float]]:
         """A batch of scored answers, and metrics of its groups."""

@@ -13,13 +13,13 @@ from rlhf.ops.policy import PolicyTokens, ratio_metrics
 
 def policy_scores(
     algorithm: Any, model: Any, params: Any, batch: Batch
-) -> tuple[PolicyTokens, Float[Array, "batch time"] | None]:
+) -> tuple[PolicyTokens, Float[Array, "*batch time"] | None]:
     """The policy's tokens as losses see them, at the rollout's temperature, and entropies where those are trained.
 
     Without `old_logprobs` in the batch the policy is its own old one: the ratio is 1 to the last bit.
     """
     entropy = None
-    if algorithm.entropy_bonus is None:
+    if not algorithm.trains_entropy:
         logprobs = model.token_logprobs(params, batch, algorithm.method.temperature)
     else:
         logprobs, entropy, _ = model.token_statistics(params, batch, algorithm.method.temperature)
@@ -38,11 +38,11 @@ def policy_scores(
 
 def regularised(
     algorithm: Any,
-    cost: Float[Array, "batch time"],
+    cost: Float[Array, "*batch time"],
     tokens: PolicyTokens,
-    entropy: Float[Array, "batch time"] | None,
+    entropy: Float[Array, "*batch time"] | None,
     batch: Batch,
-) -> tuple[Float[Array, "batch time"], Metrics]:
+) -> tuple[Float[Array, "*batch time"], Metrics]:
     """`cost` with the entropy bonus and the divergence in the loss, and the metrics of the policy's tokens."""
     if entropy is not None:
         cost = cost - algorithm.entropy_bonus * entropy
@@ -59,6 +59,6 @@ def regularised(
     return cost, metrics
 
 
-def mean(values: Shaped[Array, "batch time"], weight: Float[Array, "batch time"]) -> Float[Array, ""]:
+def mean(values: Shaped[Array, "*batch time"], weight: Float[Array, "*batch time"]) -> Float[Array, ""]:
     """The mean over rows of the weighted sum over tokens."""
     return jnp.mean(jnp.sum(weight * values, axis=-1))

@@ -79,6 +79,10 @@ class PPO(Online):
         require_range(self, "target_kl", above=0)
 
     @property
+    def trains_entropy(self):
+        return self.entropy_bonus is not None
+
+    @property
     def needs_reference(self):
         return self.kl.is_used
 

@@ -29,8 +29,12 @@ MODEL_INPUTS = (
 )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _token_logprobs(model: Any, params: Params, inputs: Batch, temperature: Number) -> Float[Array, "..."]:
+@functools.partial(jax.jit, static_argnames=("model", "with_entropy"))
+def _token_logprobs(
+    model: Any, params: Params, inputs: Batch, temperature: Number, with_entropy: bool
+) -> Float[Array, "..."]:
+    if with_entropy:
+        return model.token_statistics(params, inputs, temperature).logprobs
     return model.token_logprobs(params, inputs, temperature)
 
 
@@ -70,6 +74,7 @@ class LiveReference:
     rows: rows scored at once, so that memory does not grow with the batch (the algorithm's microbatch_size).
     place: puts the inputs of such a slice onto the devices; by default they go where JAX puts them.
     remembered: what these weights gave before, where batches come again.
+    with_entropy: scored by the function that gives entropies too, whose last bits differ: where the loss does so.
     """
 
     model: Any
@@ -77,10 +82,15 @@ class LiveReference:
     rows: int
     place: Callable[[Batch], Batch] = lambda inputs: inputs
     remembered: Remembered | None = None
+    with_entropy: bool = False
 
     def with_params(self, params: Params) -> "LiveReference":
         """The same model, slicing and placement with other weights, such as the policy's of this moment."""
         return dataclasses.replace(self, params=params, remembered=None)
+
+    def with_rows(self, rows: int) -> "LiveReference":
+        """The same, with so many rows scored at once."""
+        return dataclasses.replace(self, rows=rows)
 
     def token_logprobs(self, batch: Batch, temperature: Number = 1.0) -> Float[Array, "..."]:
         """Log-probability of each token given those before it, in nats; same shape as `batch["tokens"]`.
@@ -95,7 +105,8 @@ class LiveReference:
     def _scored(self, inputs: Batch, temperature: Number) -> Float[Array, "..."]:
         n_rows, by = inputs["tokens"].shape[0], jnp.float32(temperature)
         slices = [{k: v[at : at + self.rows] for k, v in inputs.items()} for at in range(0, n_rows, self.rows)]
-        scored = [whole(_token_logprobs(self.model, self.params, self.place(part), by)) for part in slices]
+        score = functools.partial(_token_logprobs, self.model, self.params)
+        scored = [whole(score(self.place(part), by, self.with_entropy)) for part in slices]
         return scored[0] if len(scored) == 1 else jnp.concatenate(scored)
 
 

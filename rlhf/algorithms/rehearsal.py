@@ -13,7 +13,6 @@ import numpy as np
 
 from rlhf.algorithms.base import Algorithm, Runtime
 from rlhf.algorithms.reference import LiveReference, Precomputed
-from rlhf.algorithms.rollouts import ROUND_TO, Online
 from rlhf.data.batches import collate
 from rlhf.data.encode import TWO_SIDED, Examples, Prompt, Source, TokenRow
 from rlhf.data.examples import PAIR, Grade
@@ -48,28 +47,28 @@ class _Blank:
 
 
 def rehearse(
-    algorithm: Algorithm, architecture: Any, components: dict[str, Any], max_length: int, sampling: SamplingSettings
+    algorithm: Algorithm,
+    architecture: Any,
+    components: dict[str, Any],
+    max_length: int,
+    sampling: SamplingSettings,
+    n_row_shards: int = 1,
 ) -> Rehearsal:
     """The shapes of a prepared batch.
 
     components: abstract parameters by name. max_length: tokens of a row; of a prompt, where answers are generated.
+    n_row_shards: as in `Runtime`.
     """
     examples = _examples(algorithm, max_length)
     params, model = _small(components), _Blank(architecture)
     runtime = Runtime(model, Tokenizer(), generate=_Writer(sampling), reward=_rewards, examples=examples)
     runtime.prompts, runtime.more_prompts = examples, lambda start, n: examples.prompts[:n]
+    runtime.n_row_shards = n_row_shards
     runtime.reference = LiveReference(model, params, algorithm.microbatch_size)
     rows = collate(examples, range(algorithm.batch_size))
     batch = algorithm.prepare(runtime, params, rows, jax.random.key(0))
     shapes = {name: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype) for name, x in batch.items()}
     return Rehearsal(shapes, tuple(runtime.memory.get("reference", ())))
-
-
-def n_time(algorithm: Algorithm, max_length: int) -> int:
-    """Tokens of a row of a batch."""
-    if not isinstance(algorithm, Online):
-        return max_length
-    return -(-(max_length + algorithm.max_new_tokens) // ROUND_TO) * ROUND_TO
 
 
 def keeps_reference(algorithm: Algorithm) -> bool:
@@ -88,8 +87,8 @@ def _small(components: dict[str, Any]) -> dict[str, Any]:
 
 
 def _examples(algorithm: Algorithm, max_length: int) -> Examples:
-    """As many rows as a batch has, each as long as it may be, all different."""
-    n, form, n_prompt = algorithm.batch_size, algorithm.form, max_length // 2
+    """As many rows as a batch has, each as long as it may be and all of it an answer, all different."""
+    n, form, n_prompt = algorithm.batch_size, algorithm.form, 1
     sides = 2 if form in TWO_SIDED else 1
 
     def row(number: int) -> TokenRow:

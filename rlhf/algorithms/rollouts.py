@@ -71,6 +71,11 @@ class Online(Algorithm):
     def needs_reward(self):
         return True
 
+    @property
+    def trains_entropy(self) -> bool:
+        """Whether the loss takes entropies beside the log-probabilities."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
@@ -210,6 +215,11 @@ def longest_prompt(runtime: Runtime) -> int:
     return max(len(prompt.token_ids) for prompt in runtime.prompts.prompts)
 
 
+def rounded(n_tokens: int) -> int:
+    """The time axis of rows that have so many."""
+    return -(-n_tokens // ROUND_TO) * ROUND_TO
+
+
 def as_batch(runtime: Runtime, rollouts: Rollouts, max_new_tokens: int) -> Batch:
     """Prompts with their answers as the trainer's arrays, which have one shape for the whole run.
 
@@ -223,7 +233,7 @@ def as_batch(runtime: Runtime, rollouts: Rollouts, max_new_tokens: int) -> Batch
     | `sampler_entropy` | float32 | [rows, time] | entropy of the distribution it was drawn from, before filters |
     """
     longest = max(longest_prompt(runtime), max(len(prompt.token_ids) for prompt in rollouts.prompts))
-    shape = (len(rollouts), -(-(longest + max_new_tokens) // ROUND_TO) * ROUND_TO)
+    shape = (len(rollouts), rounded(longest + max_new_tokens))
     batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "positions")}
     batch |= {name: np.zeros(shape, np.float32) for name in ("sampler_logprobs", "sampler_entropy")}
     batch["scored"] = np.zeros((len(rollouts), max_new_tokens), np.int32)
@@ -256,8 +266,8 @@ def _images(runtime: Runtime, rollouts: Rollouts, shape: tuple[int, int]) -> Bat
 
 def policy_logprobs(
     runtime: Runtime, params: Params, batch: Batch, algorithm: Online
-) -> Float[np.ndarray, "rows time"]:
-    """What the trainer's own function says of the policy that has these parameters, `microbatch_size` rows at a time.
+) -> Float[np.ndarray, "*rows time"]:
+    """What the trainer's own function says of the policy that has these parameters, a microbatch at a time.
 
     The log-probabilities that the sampler reports differ from these in their rounding (and by more, where it generates
     with narrower weights), so a ratio to the sampler's would not be 1 before the first update.
@@ -265,14 +275,17 @@ def policy_logprobs(
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
     place = functools.partial(place_rows, mesh=mesh)
-    scorer = LiveReference(runtime.model, params, algorithm.microbatch_size, place)
+    rows, with_entropy = algorithm.rows_at_once(batch), algorithm.trains_entropy
+    scorer = LiveReference(runtime.model, params, rows, place, with_entropy=with_entropy)
     return np.asarray(scorer.token_logprobs(batch, algorithm.method.temperature))
 
 
 def reference_logprobs(runtime: Runtime, batch: Batch, algorithm: Online) -> Float[np.ndarray, "*rows time"]:
     """The reference's log-probabilities at the rollout's temperature; notes `time/reference_seconds`."""
-    started = time.perf_counter()
-    logprobs = np.asarray(runtime.reference.token_logprobs(batch, algorithm.method.temperature))
+    started, reference = time.perf_counter(), runtime.reference
+    if (rows := algorithm.rows_at_once(batch)) != algorithm.microbatch_size:
+        reference = reference.with_rows(rows)
+    logprobs = np.asarray(reference.token_logprobs(batch, algorithm.method.temperature))
     runtime.log.times["time/reference_seconds"] = time.perf_counter() - started
     return logprobs
 

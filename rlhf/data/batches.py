@@ -6,6 +6,7 @@
 | `is_answer` | bool | [batch, time] | the token is trained on: its log-probability, given those before it, counts |
 | `segments` | int32 | [batch, time] | 0: padding; 1, 2, ...: the example, which sees itself alone |
 | `positions` | int32 | [batch, time] | from 0 in every segment |
+| `scored` | int32 | [batch, most] | places of what `is_answer` marks, then 0; only where that is far from all |
 | `row` | int32 | [batch] | index of the (first) example in the dataset; -1: a row that only fills up the batch |
 | `images` | uint8 | [batch, slots, size, size, 3] | where a row of the batch has one; slots without are black |
 | `soft_tokens` | int32 | [batch, time] | with `images`: 1 + slot · tokens_per_image + j; 0: text |
@@ -145,7 +146,16 @@ def _token_batch(examples: Examples, packs: Sequence[tuple[int, ...]], batch_siz
         batch |= _mismatched(examples, [pack[0] for pack in packs], batch_size, has_images)
     if examples.form == "graded":
         batch |= _grades(examples, [pack[0] for pack in packs], batch_size)
+    if examples.n_scored is not None:
+        marks = {name: x for name, x in batch.items() if name.endswith("is_answer")}
+        batch |= {name.replace("is_answer", "scored"): _places(x, examples.n_scored) for name, x in marks.items()}
     return batch
+
+
+def _places(is_marked: np.ndarray, n: int) -> np.ndarray:
+    """The places of the marked tokens of each row, in order; 0 fills up."""
+    order = np.argsort(~is_marked, axis=-1, kind="stable")[..., :n]
+    return np.where(np.take_along_axis(is_marked, order, axis=-1), order, 0).astype(np.int32)
 
 
 def _grades(examples: Examples, rows: Sequence[int], batch_size: int) -> Batch:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 TWO_SIDED: tuple[Form, ...] = ("preference", "graded")  # forms whose rows have a chosen and a rejected answer
 ROUND_TO = 32  # the time axis is a multiple of this, so that one shape serves a run
+SCORED_SHARE = 0.9  # of a row: with more of it scored, choosing the tokens costs what it saves
 CHUNK = 8192  # examples whose ids are Python integers at the same time, each nine times the size of an array's
 
 
@@ -129,6 +130,16 @@ class Examples:
     def is_mixed(self) -> bool:
         """Whether some rows hold a single answer where others hold two."""
         return any(grade.kind != PAIR for grade in self.grades)
+
+    @functools.cached_property
+    def n_scored(self) -> int | None:
+        """Tokens of a row that a batch has scored: as many as the longest answers have; None where that is most of the
+        row, or no token of it has a log-probability."""
+        if self.form in ("prompt", "graded"):
+            return None
+        answers = [max(int(row.is_answer.sum()) for row in rows) for rows in self.sequences]
+        n = _rounded(max(1, *(sum(answers[index] for index in pack) for pack in self.packs)))
+        return n if n <= SCORED_SHARE * self.n_time else None
 
 
 def encode(

@@ -115,7 +115,9 @@ def _scores(queries: Array, keys: Array, is_visible: Array) -> Float[Array, "bat
 def _softmax_product(queries: Array, keys: Array, values: Array, is_visible: Array) -> tuple[Array, Array]:
     """The mixed values, and the logarithm of each query's sum."""
     scores = _scores(queries, keys, is_visible)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
+    # Fused with the powers or not, as XLA on CPU finds it best with and without a gradient, it gives them other last
+    # bits; reduce_precision to float32 changes nothing, and is not fused: ratios to scored answers begin at exactly 1.
+    highest = jax.lax.reduce_precision(jnp.max(scores, axis=-1, keepdims=True), 8, 23)
     powers = jnp.exp(scores - highest)
     total = jnp.sum(powers, axis=-1, keepdims=True)
     mixed = jnp.einsum("bkqt,bkth->bkqh", (powers / total).astype(values.dtype), values)

@@ -70,7 +70,7 @@ ESTIMATORS: Mapping[str, KLEstimator] = {"k1": K1(), "k2": K2(), "k3": K3()}  # 
 
 
 def kl_metrics(
-    log_ratio: Float[Array, "batch time"], weight: Float[Array, "batch time"]
+    log_ratio: Float[Array, "*batch time"], weight: Float[Array, "*batch time"]
 ) -> dict[str, Float[Array, ""]]:
     """`kl/k1`, `kl/k2`, `kl/k3`: mean over rows of the weighted sum over tokens of each estimate.
 

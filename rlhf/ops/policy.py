@@ -23,8 +23,8 @@ class RatioLevel:
 
     @abstractmethod
     def __call__(
-        self, log_ratio: Float[Array, "batch time"], is_answer: Bool[Array, "batch time"]
-    ) -> Float[Array, "batch time"]:
+        self, log_ratio: Float[Array, "*batch time"], is_answer: Bool[Array, "*batch time"]
+    ) -> Float[Array, "*batch time"]:
         """The ratio that counts for each token; log_ratio: log π(token) − log π_old(token), 0 outside the answer."""
 
 
@@ -70,14 +70,14 @@ class PolicyTokens:
     advantages: how much better than expected.
     """
 
-    logprobs: Float[Array, "batch time"]
-    old_logprobs: Float[Array, "batch time"]
-    sampler_logprobs: Float[Array, "batch time"]
-    ratio: Float[Array, "batch time"]
-    advantages: Float[Array, "batch time"]
-    is_answer: Bool[Array, "batch time"]
+    logprobs: Float[Array, "*batch time"]
+    old_logprobs: Float[Array, "*batch time"]
+    sampler_logprobs: Float[Array, "*batch time"]
+    ratio: Float[Array, "*batch time"]
+    advantages: Float[Array, "*batch time"]
+    is_answer: Bool[Array, "*batch time"]
 
-    def answer_mean(self, values: Float[Array, "batch time"]) -> Float[Array, "batch 1"]:
+    def answer_mean(self, values: Float[Array, "*batch time"]) -> Float[Array, "*batch 1"]:
         """Mean over each row's answer tokens; 0 for a row without any."""
         n_tokens = jnp.maximum(jnp.sum(self.is_answer, axis=-1, keepdims=True), 1)
         return jnp.sum(values * self.is_answer, axis=-1, keepdims=True) / n_tokens
@@ -87,9 +87,9 @@ class PolicyLoss:
     """A loss per token, to be minimised."""
 
     @abstractmethod
-    def __call__(self, tokens: PolicyTokens) -> Float[Array, "batch time"]: ...
+    def __call__(self, tokens: PolicyTokens) -> Float[Array, "*batch time"]: ...
 
-    def clipped(self, tokens: PolicyTokens) -> tuple[Bool[Array, "batch time"], Bool[Array, "batch time"]]:
+    def clipped(self, tokens: PolicyTokens) -> tuple[Bool[Array, "*batch time"], Bool[Array, "*batch time"]]:
         """Which tokens the lower and the upper bound hold back."""
         never = jnp.zeros(tokens.ratio.shape, bool)
         return never, never
@@ -231,7 +231,7 @@ class Correction:
     """How much each token's loss counts, because what sampled is not quite what is trained."""
 
     @abstractmethod
-    def __call__(self, tokens: PolicyTokens) -> Float[Array, "batch time"]:
+    def __call__(self, tokens: PolicyTokens) -> Float[Array, "*batch time"]:
         """Without a gradient."""
 
 
@@ -282,7 +282,7 @@ class NegativeMask(Correction):
 
 
 def ratio_metrics(
-    tokens: PolicyTokens, policy: PolicyLoss, weight: Float[Array, "batch time"]
+    tokens: PolicyTokens, policy: PolicyLoss, weight: Float[Array, "*batch time"]
 ) -> dict[str, Float[Array, ""]]:
     """`policy/…`: how far the policy is from the one that made the batch.
 
@@ -295,7 +295,7 @@ def ratio_metrics(
     low, high = policy.clipped(tokens)
     log_ratio = (tokens.logprobs - tokens.old_logprobs) * tokens.is_answer
     return {
-        "policy/ratio": mean(tokens.ratio),
+        "policy/ratio": 1 + mean(tokens.ratio - 1),  # weights add up to 1 but for their rounding
         "policy/ratio/max": jnp.max(jnp.where(tokens.is_answer, tokens.ratio, 0.0)),
         "policy/approx_kl": mean(_ratio(log_ratio) - 1 - log_ratio),
         "policy/clipfrac_low": mean(low),

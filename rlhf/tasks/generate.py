@@ -46,16 +46,7 @@ class Generate:
         """
         settings, prompts, shown = experiment.settings.evaluation, *self._prompts(experiment)
         sampler, parameters = experiment.sampler, experiment.parameters
-        rollout = sampler(
-            parameters,
-            prompts,
-            n=self.n,
-            method=settings.drawn_by,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed,
-            stop=settings.stop,
-            slots=settings.batch_size,
-        )
+        rollout = settings.answers(sampler, parameters, prompts, self.n)
         rows = []
         for number, answer in enumerate(rollout.completions):
             messages = shown[number // rollout.n]

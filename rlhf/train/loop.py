@@ -4,11 +4,12 @@ It calls an algorithm's `prepare` and, compiled, its `loss`; it knows nothing el
 fetched while the next one runs, so the device never waits for the log.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -153,7 +154,7 @@ class Trainer:
                 first = self._first_look()
             pending = None
             for step in range(self.start, self.n_steps):
-                with self.watch.part("a step"):
+                with self.watch.part("a step"), self._telling(pending):
                     dispatched, done = self._step(step), step + 1
                 last = self._finish(pending) or last
                 pending = dispatched
@@ -164,6 +165,16 @@ class Trainer:
                 if is_stopped and not is_last:
                     signals.leave(f"stopped after step {done}, checkpoint written; go on with resume={job.folder}")
         return first or self._stored(0), last or self._stored(self.n_steps)
+
+    @contextlib.contextmanager
+    def _telling(self, pending: _Pending | None) -> Iterator[None]:
+        """What stops a step does not keep the one before it out of the log."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(TrainingError):
+                self._finish(pending)
+            raise
 
     def _stored(self, step: int) -> dict[str, float]:
         """A row that an earlier process of this run wrote."""

@@ -27,7 +27,7 @@ def _parts(batch: Batch, algorithm: Any, key: jax.Array) -> Iterator[Batch]:
         yield dict(batch)
         return
     for epoch in range(algorithm.epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), algorithm.rows_per_batch))
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(batch["row"])))
         for rows in order.reshape(algorithm.minibatches, -1):
             yield {name: x[rows] if x.ndim else x for name, x in batch.items()}
 

@@ -59,7 +59,7 @@ def loss_and_gradient(trainable: Tree, frozen: Tree, batch: Tree, algorithm: Any
         return algorithm.loss(model, {**frozen, **noise, **params}, rows)
 
     grad = jax.value_and_grad(loss, has_aux=True)
-    rows, scalars = _microbatches(batch, algorithm.microbatch_size)
+    rows, scalars = _microbatches(batch, algorithm.rows_at_once(batch))
     n = jax.tree.leaves(rows)[0].shape[0]
     if n == 1:
         (value, metrics), gradient = grad(trainable, {**jax.tree.map(lambda x: x[0], rows), **scalars})
@@ -130,8 +130,8 @@ measure = jax.jit(eager_measure, static_argnames=("model",))
 def measure_all(
     params: Tree, batch: Tree, algorithm: Any, model: Any, run: Any = measure, mesh: Any = None
 ) -> dict[str, float]:
-    """`measure` over a prepared set of any size, `microbatch_size` rows at a time; every row weighs the same."""
-    n_rows, size = len(batch["row"]), algorithm.microbatch_size
+    """`measure` over a prepared set of any size, a microbatch at a time; every row weighs the same."""
+    n_rows, size = len(batch["row"]), algorithm.rows_at_once(batch)
     sums: dict[str, list[tuple[int, Any]]] = {}
     for start in range(0, n_rows, size):
         part = {name: x[start : start + size] if x.ndim else x for name, x in batch.items()}

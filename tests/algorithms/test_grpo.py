@@ -259,7 +259,7 @@ def test_a_batch_with_nothing_to_learn_from_is_told_at_once_and_then_rarely(capl
     told = [record.getMessage() for record in caplog.records]
     assert [message.split(":")[0] for message in told] == [
         "step 1",
-        "step 2, and in the 1 batches before it",
+        "step 2, and in the batch before it",
         "step 4, and in the 3 batches before it",
         "step 8, and in the 7 batches before it",
     ]

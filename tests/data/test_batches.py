@@ -16,6 +16,29 @@ def load(form, n=50, **settings):
     return Arithmetic(max_length=128, n_train=n, **{"packing": True, **settings}).load("train", form, TOKENIZER)
 
 
+@pytest.mark.parametrize(
+    ("form", "name"), [("conversation", ""), ("preference", ""), ("unpaired", ""), ("unpaired", "kl_")]
+)
+def test_what_is_scored_is_what_is_trained_on(form, name):
+    examples = load(form, packing=False)
+    batch = collate(examples, range(8))
+    is_answer, scored = batch[f"{name}is_answer"], batch[f"{name}scored"]
+    assert scored.shape[:-1] == is_answer.shape[:-1]
+    assert scored.shape[-1] == examples.n_scored < examples.n_time
+    for marks, places in zip(
+        is_answer.reshape(-1, is_answer.shape[-1]), scored.reshape(-1, scored.shape[-1]), strict=True
+    ):
+        assert places[places > 0].tolist() == np.flatnonzero(marks).tolist()
+
+
+def test_all_is_scored_where_most_is_trained_on():
+    for settings in ({"loss_on": "all", "packing": False}, {"loss_on": "all"}):
+        examples = load("conversation", **settings)
+        assert examples.n_scored is None
+        assert "scored" not in collate(examples, range(4))
+    assert load("graded").n_scored is None
+
+
 @pytest.mark.parametrize(("n_rows", "batch_size"), [(10, 5), (10, 3), (7, 16), (1, 1), (64, 32)])
 def test_each_epoch_is_a_permutation_without_gaps(n_rows, batch_size):
     order = Order(n_rows, batch_size, seed=3)
@@ -61,6 +84,7 @@ def test_a_conversation_batch_by_hand():
     assert batch["row"].tolist() == [3, 0]
     assert {name: array.dtype.name for name, array in batch.items()} == {
         "tokens": "int32", "is_answer": "bool", "segments": "int32", "positions": "int32", "row": "int32",
+        "scored": "int32",
     }  # fmt: skip
 
 

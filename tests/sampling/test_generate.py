@@ -200,7 +200,7 @@ def test_what_cannot_be_is_refused(small, prompts, settings, error, message):
         run(small, prompts, **settings)
 
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 1, 8), (2, 2, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def alone():
 def test_parameters_spread_over_a_mesh_give_the_same(alone, sizes):
     model, params, prompts, shape, expected = alone
     spread = place(params, make_mesh(*sizes))
-    assert sizes == (8, 1, 1) or any(not x.is_fully_replicated for x in jax.tree.leaves(spread))
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(spread))
     generation = run((model, spread), prompts, shape=shape)
     np.testing.assert_array_equal(generation.tokens, expected.tokens)
     np.testing.assert_allclose(generation.logprobs, expected.logprobs, atol=1e-5)

@@ -199,6 +199,18 @@ def test_a_loss_that_is_not_finite_stops_with_all_one_needs(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_2", "step_4"}
 
 
+def test_what_stops_a_step_keeps_none_before_it_out_of_the_log(tmp_path):
+    class Failing(Rows):
+        def __getitem__(self, step):
+            if step == 3:
+                raise TrainingError("the third has failed")
+            return super().__getitem__(step)
+
+    with pytest.raises(TrainingError, match="the third has failed"):
+        trained(job(tmp_path / "run", batches=Failing(), log_every=1, max_steps=6))
+    assert [row["step"] for row in rows(tmp_path / "run") if row["step"]] == [1, 2, 3]
+
+
 def test_without_a_checkpoint_it_says_so(tmp_path):
     with pytest.raises(TrainingError, match=r"at step 1; rows of the batch: .* last good checkpoint: none yet"):
         trained(job(tmp_path, batches=Rows(poisoned=(0,))))
