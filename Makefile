@@ -5,7 +5,7 @@
 # make lint        ruff and mypy
 PYTHON ?= python3
 EXTRAS ?= dev
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 PEERS_PIP ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,6 +1,6 @@
 """Read the finished runs, print what they reached, and exit with 1 where a bar is missed: python check.py FOLDER
 
-FOLDER holds rule_0, rule_1 …, reward_model (of task=evaluate), on_model, without_hold and frontier, as README.md makes
+FOLDER holds rule_0, rule_1 …, reward_model (of task=evaluate), on_model_0 …, without_hold and frontier, as README.md makes
 them; one that is absent is said to be, and is a miss.
 """
 
@@ -49,9 +49,14 @@ def reward_model(folder: Path) -> bool:
 
 def on_model(folder: Path) -> bool:
     """PPO on the reward model raises its score and does not lower the accuracy by more than the interval."""
-    first, *_, last = evaluated(folder / "on_model")
-    print(f"  score {first[SCORE]:.3f} → {last[SCORE]:.3f}, accuracy {shown(first)} → {shown(last)}")
-    return last[SCORE] > first[SCORE] and last["val/accuracy"] >= first["val/accuracy_low"]
+    runs = sorted(folder.glob("on_model_*"))
+    held = len(runs) >= N_SEEDS
+    for run in runs:
+        first, *_, last = evaluated(run)
+        held &= last[SCORE] > first[SCORE] and last["val/accuracy"] >= first["val/accuracy_low"]
+        print(f"  {run.name}: score {first[SCORE]:.3f} → {last[SCORE]:.3f}, accuracy {shown(first)} → {shown(last)}")
+    print(f"  {len(runs)} of {N_SEEDS} seeds")
+    return held
 
 
 def without_hold(folder: Path) -> bool:
