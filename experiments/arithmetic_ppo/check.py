@@ -1,7 +1,7 @@
 """Read the finished runs, print what they reached, and exit with 1 where a bar is missed: python check.py FOLDER
 
-FOLDER holds rule_0, rule_1 …, reward_model (of task=evaluate), on_model_0 …, without_hold and frontier, as README.md makes
-them; one that is absent is said to be, and is a miss.
+FOLDER holds rule_0, rule_1 …, reward_model (of task=evaluate), on_model_0 …, without_hold and frontier, as README.md
+makes them; one that is absent is said to be, and is a miss.
 """
 
 import json
