@@ -63,8 +63,11 @@ def _grpo(n_steps: int, folder: str):
     args = trl.GRPOConfig(
         num_generations=shape.SAMPLES, max_completion_length=shape.ANSWERED, beta=0.04, temperature=1.0, **settings
     )
+    model = new_model(shape.SIZE).train()
+    model.save_pretrained(folder)  # the trainer reads the reference by its name
+    model.config._name_or_path = folder
     return trl.GRPOTrainer(
-        new_model(shape.SIZE).train(),
+        model,
         reward_funcs=lambda completions, **_: [float(draw.random() < 0.5) for _ in completions],
         args=args,
         train_dataset=rows,
