@@ -39,6 +39,7 @@ from rlhf.train.sources import Source, locate
 log = logging.getLogger(__name__)
 
 _kept: dict[Any, tuple[Any, Any]] = {}  # weights and data that further runs of this process use again
+_UPDATE = ("learning_rate", "optimizer", "schedule", "clip_norm")  # of an algorithm: no metric depends on them
 
 
 class Experiment:
@@ -170,6 +171,8 @@ class Experiment:
         runtime = self.runtime(without_adapter(parameters) if is_new else parameters, batches, held_out)
         if isinstance(s.algorithm, Online):
             self.sampler.expect(*self._uses(s.algorithm, batches.examples.prompts))
+            held = "on the policy's own base" if "adapter" in parameters else "a copy of the weights"
+            log.info("reference: %s", held if s.algorithm.needs_reference else "none is loaded")
         further = s.algorithm.components(parameters, self.start_of, s.seed)
         is_shared = self.keep or isinstance(runtime.reference, LiveReference) or bool(further)
         trainable, frozen = self._divided(parameters)
@@ -189,6 +192,7 @@ class Experiment:
             mesh=self.mesh,
             evaluate=self._accuracy_measure(),
             sample=self._sampler(),
+            first_look=self._first_look,
             resume=resume,
             forbid_recompile=s.hardware.forbid_recompile,
             is_noisy="adapter_dropout" in frozen,
@@ -315,6 +319,13 @@ class Experiment:
             return self._once("first answers", self._answers_key(), of_these) if is_start else of_these()
 
         return measure
+
+    def _first_look(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Held-out metrics of untrained parameters: once for the runs of a sweep that differ in how they go on only."""
+        cfg = records.resolved(self.cfg)
+        measured = {name: value for name, value in cfg["algorithm"].items() if name not in _UPDATE}
+        how = [cfg["trainer"][name] for name in ("eval_rows", "eager")]
+        return self._once(f"first look {json.dumps([measured, how])}", self._answers_key(), make)
 
     def _answers_key(self) -> str:
         """What the answers of untrained parameters depend on: runs of a sweep that have it in common begin alike."""

@@ -56,7 +56,8 @@ def config(cls: type) -> type:
         except BeartypeCallHintParamViolation as error:
             name = next((f.name for f in fields if f"parameter {f.name}=" in str(error)), "a setting")
             wanted = type_name(hints[name]) if name in hints else "another type"
-            message = f"{name}={settings.get(name)!r} of {cls.__name__} must be {wanted}"
+            given = settings.get(name)
+            message = f"{name}={given!r} of {cls.__name__} must be {wanted}{_subclasses(hints.get(name), given)}"
             raise ConfigError(message) from error
 
     def flatten_with_keys(self):
@@ -84,6 +85,21 @@ def _check_names(cls: type, fields: tuple, settings: dict) -> None:
             raise ConfigError(f"{f.name} is missing: {cls.__name__} needs it")
 
 
+def _below(cls: type) -> list[type]:
+    direct: list[type] = cls.__subclasses__()
+    deeper = [one for sub in direct for one in _below(sub)]
+    return [one for one in direct if dataclasses.is_dataclass(one)] + deeper
+
+
+def _subclasses(hint: object, given: object) -> str:
+    """The end of a message about a name where an object is due: how the class of that name is given, or which are."""
+    if not isinstance(given, str) or not isinstance(hint, type) or _is_static(hint):
+        return ""
+    named = {one.__name__: f"'{{_target_: {one.__module__}.{one.__name__}, …}}'" for one in _below(hint)}
+    same = [text for name, text in named.items() if name.lower() == given.lower()]
+    return f", given as {same[0] if same else ' or '.join(sorted(named.values()))}" if named else ""
+
+
 def type_name(hint: object) -> str:
     """A type as a user would say it: `a number`, `an integer or none`, `one of 'a', 'b'`."""
     words: dict[object, str] = {
@@ -109,13 +125,24 @@ def type_name(hint: object) -> str:
 
 
 def require_range(
-    owner: object, name: str, *, at_least: float | None = None, at_most: float | None = None, above: float | None = None
+    owner: object,
+    *names: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
 ) -> None:
-    """Refuse `owner.name` outside a range; a traced value was checked when it was a number.
+    """Refuse settings of `owner` outside a range; a traced value was checked when it was a number.
 
     Raises:
         ConfigError: names the class, the field, the value and the range.
     """
+    for name in names:
+        _require_range(owner, name, at_least, at_most, above)
+
+
+def _require_range(
+    owner: object, name: str, at_least: float | None, at_most: float | None, above: float | None
+) -> None:
     value = getattr(owner, name)
     if value is None or isinstance(value, jax.core.Tracer):
         return

@@ -28,9 +28,14 @@ def of_hydra(error: BaseException, words: list[str] | None = None) -> str | None
     if isinstance(error, ConfigCompositionException):
         return _unknown_key(error, sys.argv[1:] if words is None else words)
     if isinstance(error, OverrideParseException):
-        return f"the override {error.override!r} can't be read: {str(error).splitlines()[-1].strip()}"
+        found = str(error).splitlines()[0].partition(" expecting")[0].strip()
+        rule = "a value with signs such as , [ { ( stands in quotes: KEY='\"…\"'"
+        reason = f"{found}; {rule}" if "=" in str(error.override) else "it must be KEY=VALUE"
+        return f"the override {error.override!r} can't be read: {reason}"
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return "a group can't be set to null: GROUP=[] chooses none of it, such as reward=[]"
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --run"):
+        return "-m (a sweep), --cfg, --info and -sc exclude each other: --cfg job shows one run of the sweep"
     if isinstance(error, HydraException | SearchPathException | OmegaConfBaseException):
         return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return None
@@ -38,13 +43,20 @@ def of_hydra(error: BaseException, words: list[str] | None = None) -> str | None
 
 def _unknown_choice(error: MissingConfigException) -> str:
     text = str(error)
-    found = re.search(r"Could not find '([^']+)'", text)
+    found = re.search(r"Could not (?:find|load) '([^']+)'", text)
     missing = found.group(1) if found else (error.missing_cfg_file or "")
     group, _, choice = str(missing).rpartition("/")
     options = [str(option) for option in error.options or []] or re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    options = options or _choices(group)  # one of a list: Hydra does not say
     if not group or not options:
         return " ".join(text.split())
     return f"{group}={choice}: there is no such {group}{nearest(choice, options)}"
+
+
+def _choices(group: str) -> list[str]:
+    from rlhf.run import CONF
+
+    return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml")) if group else []
 
 
 def _unknown_key(error: ConfigCompositionException, words: list[str]) -> str:
@@ -58,11 +70,26 @@ def _unknown_key(error: ConfigCompositionException, words: list[str]) -> str:
         return f"{full}: {' '.join(str(error.__cause__ or error).splitlines()[:1])}"
     parent, _, last = full.rpartition(".")
     hint = f" (for one stage of the pipeline: +STAGE.{full}=…)" if any(w.startswith("pipeline=") for w in words) else ""
-    return f"{full}: unknown key{nearest(last, _siblings(parent, full, words), f'{parent}.' if parent else '')}{hint}"
+    cfg = _composed(full, words)
+    if inside := [key for key in _keys(cfg) if not parent and key.endswith(f".{last}")]:
+        return f"{full}: unknown key; did you mean {' or '.join(inside[:3])}?{hint}"
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    siblings = [str(key) for key in node if key != "_target_"] if isinstance(node, DictConfig) else []
+    return f"{full}: unknown key{nearest(last, siblings, f'{parent}.' if parent else '')}{hint}"
 
 
-def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
-    """Names beside an unknown key, from the same overrides without the single settings (groups stay)."""
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """Full names of all keys."""
+    names: list[str] = []
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        child = node._get_node(name)
+        names += [key, *(_keys(child, f"{key}.") if isinstance(child, DictConfig) and not child._is_none() else [])]
+    return names
+
+
+def _composed(unknown: str, words: list[str]) -> DictConfig:
+    """The config of the same overrides without the single settings (groups stay); empty where that has none."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -74,11 +101,9 @@ def _siblings(parent: str, unknown: str, words: list[str]) -> list[str]:
     hydra = contextlib.nullcontext() if is_inside else initialize_config_dir(CONF, version_base="1.3")
     try:
         with hydra:
-            cfg = compose("config", overrides=groups)
-        node = OmegaConf.select(cfg, parent) if parent else cfg
+            return compose("config", overrides=groups)
     except (HydraException, OmegaConfBaseException):
-        return []
-    return [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
+        return OmegaConf.create({})
 
 
 def _search_path(words: list[str]) -> list[str]:

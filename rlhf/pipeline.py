@@ -5,6 +5,7 @@ command line (`seed=…`, `trainer.max_steps=…`, `debug=fast`) holds for every
 stage sets, references to other stages apart. `+sft.trainer.max_steps=…` is for stage `sft` alone, and the last word.
 """
 
+import difflib
 import json
 import logging
 import re
@@ -37,6 +38,7 @@ def run(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
     if cfg.resume not in (None, "auto") and not any((folder / name).is_dir() for name in stages):
         raise ConfigError(f"resume={cfg.resume}: this folder has none of the stages {', '.join(stages)}")
     given = [word for word in overrides if not re.match(r"[+~]*(pipeline|resume|hydra|name)\b", word)]
+    _require_stages(given, stages)
     alone = {name: [w.partition(".")[2] for w in given if re.match(rf"\++{name}\.", w)] for name in stages}
     given = [word for word in given if not re.match(rf"\++({'|'.join(stages)})\.", word)]
     configs: dict[str, tuple[DictConfig, list[str]]] = {}
@@ -68,6 +70,14 @@ def _stages(plan: dict[str, Any]) -> dict[str, list[str]]:
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ConfigError(f"pipeline.stages.{name}: the name of a stage is a word, since it names a folder")
     return stages
+
+
+def _require_stages(given: list[str], stages: dict[str, list[str]]) -> None:
+    """Refuse `+STAGE.…` with the name of a stage misspelt."""
+    for word in given:
+        found = re.match(r"\++(\w+)\.", word)
+        if found and found[1] not in stages and difflib.get_close_matches(found[1], stages):
+            raise ConfigError(f"{word}: the pipeline has no stage {found[1]!r}{nearest(found[1], stages)}")
 
 
 def _combined(stage: str, words: list[str], given: list[str]) -> list[str]:
@@ -123,9 +133,10 @@ def _located(stage: str, words: list[str], folder: Path, earlier: dict[str, Any]
 
 def _compose(name: str, words: list[str]) -> tuple[DictConfig, list[str]]:
     from rlhf import messages, sections
+    from rlhf.run import with_whole_values
 
     try:
-        cfg = compose(HydraConfig.get().job.config_name, overrides=words)
+        cfg = compose(HydraConfig.get().job.config_name, overrides=with_whole_values(words))
     except Exception as error:
         message = messages.of_hydra(error, words)
         if message is None:
@@ -204,6 +215,7 @@ def _report(results: dict[str, dict[str, Any]], measured: list[str] | None, fold
 
     if measured is None:
         names = [name for result in results.values() for name in result if name.startswith("before/")]
+        names = [name for name in names if name != "before/n" and not name.endswith(("_low", "_high"))]
         measured = list(dict.fromkeys(name.removeprefix("before/") for name in names))
     rows = []
     for stage, result in results.items():

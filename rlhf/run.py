@@ -5,6 +5,7 @@ Nothing here imports jax before a run begins, so that `--help`, `--cfg` and tab 
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -99,11 +100,23 @@ def _with_flags_first(words: list[str]) -> list[str]:
     return flags[:1] + [word for word in words if word not in flags]
 
 
+_WHOLE = re.compile(r"(\w+(\.\w+)+)=\{.*\b_target_\s*:.*", re.DOTALL)
+
+
+def with_whole_values(words: list[str]) -> list[str]:
+    """`KEY={_target_: …}` puts an object in the place of another, of which nothing stays; Hydra would merge the two."""
+    found: list[str] = []
+    for word in words:
+        whole = _WHOLE.fullmatch(word)
+        found += [f"{whole[1]}=null", word] if whole else [word]
+    return found
+
+
 def cli() -> None:
     """The console command: `main`, with every mistake of the user told in one message and no traceback."""
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
-    words = _with_flags_first(_with_absolute_config_path(sys.argv[1:]))
+    words = with_whole_values(_with_flags_first(_with_absolute_config_path(sys.argv[1:])))
     sys.argv = [sys.argv[0], *words, *processes.quiet_words(processes.number_given(words))]
     sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
     try:

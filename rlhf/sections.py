@@ -4,6 +4,7 @@ Nothing is loaded here, so a mistake costs no time.
 """
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
     try:
         built = instantiate(node, _convert_="all")
     except InstantiationException as error:
-        raise ConfigError(_reason(error, key)) from error
+        raise ConfigError(_reason(error, key, node)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
     if kind is not None and not isinstance(built, kind):
@@ -46,14 +47,30 @@ def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
     return built
 
 
-def _reason(error: InstantiationException, key: str) -> str:
+def _reason(error: InstantiationException, key: str, node: DictConfig) -> str:
     found = re.search(r"full_key: (\S+)", str(error))
     full = found.group(1) if found else key
     if not full.startswith(key):
         full = f"{key}.{full}" if full else key
     cause = error.__cause__
     text = str(cause) if isinstance(cause, ConfigError) else " ".join(str(error).split())
+    if missing := re.match(r"Error locating target '([\w.]+)'", text):
+        return f"{full}._target_={missing[1]}: {_not_there(missing[1])}"
+    if "is no setting of" in text and full != key:  # left of the object that was there before, perhaps
+        target = OmegaConf.select(node, f"{full.removeprefix(key + '.')}._target_")
+        text += f" (an object in the place of another is given whole: '{full}={{_target_: {target}, …}}')"
     return text if text.startswith(key) else f"{full}.{text}" if isinstance(cause, ConfigError) else f"{full}: {text}"
+
+
+def _not_there(target: str) -> str:
+    """Why there is no such class."""
+    place, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(place)
+    except (ImportError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == place and key[0] != "_"]
+    return f"{place} has no {name}{nearest(name, own)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,12 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
+def _is_constant(column: str, rows: list[dict[str, Any]]) -> bool:
+    """Whether all runs that have it, two at least, have the same."""
+    values = [str(row[column]) for row in rows if column in row]
+    return len(values) > 1 and len(set(values)) == 1
+
+
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _columns(rows))
@@ -51,8 +57,8 @@ def report() -> None:
     from tabulate import tabulate
 
     for folder, rows in _tables.items():
-        constant = {c for c in _columns(rows) if len(rows) > 1 and len({str(r.get(c)) for r in rows}) == 1} - {"status"}
-        shown = [c for c in _columns(rows) if c not in constant]
+        shown = [c for c in _columns(rows) if c == "status" or not _is_constant(c, rows)]
+        shown = [c for c in shown if not c.endswith(("_low", "_high"))]  # too wide; they are in the file
         cells = [[row.get(c, "") for c in shown] for row in rows]
         print("\n" + tabulate(cells, shown, floatfmt=".4g", disable_numparse=False))
         n_failed = sum(row["status"] == "failed" for row in rows)

@@ -1,14 +1,19 @@
 """Settings that make mistakes loud, and the places of test data."""
 
 import contextlib
+import gc
 import io
 import logging
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "  # meshes without accelerators
-    "--xla_backend_optimization_level=0"  # most of the time goes into compiling
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",  # meshes without accelerators
+        "--xla_backend_optimization_level=0",  # most of the time goes into compiling
+        "--xla_cpu_use_fusion_emitters=false",  # whose set-up is half the time of a small program
+        os.environ.get("XLA_FLAGS", ""),
+    )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -21,6 +26,17 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")  # (B,) - (B, 1) is an error, not a (B, B) array
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first: at the end, one of them would leave the other processes with nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Look for garbage less often, and not in what was imported."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +87,8 @@ QUICK_START = ("hardware.compilation_cache=null",)
 
 # a run of few small steps
 SMALL = (
-    "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16", "model.layers=6",
-    "dataset.n_train=48", "dataset.n_eval=16", "trainer.eval_rows=8", "evaluation.rows=4",
+    "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16", "model.layers=2",
+    "model.pattern=2", "dataset.n_train=48", "dataset.n_eval=16", "trainer.eval_rows=8", "evaluation.rows=4",
     "evaluation.max_new_tokens=4", "algorithm.batch_size=4", "algorithm.microbatch_size=4", "trainer.max_steps=2",
 )  # fmt: skip
 

@@ -11,9 +11,19 @@ import pytest
         (["algorithm.betta=0.1", "algorithm=dpo"], "algorithm.betta: unknown key; did you mean algorithm.beta?"),
         (["trainer.max_step=3"], "trainer.max_step: unknown key; did you mean trainer.max_steps"),
         (["modle=tiny"], "modle: unknown key; did you mean model?"),
+        (["beta=0.1", "algorithm=dpo"], "beta: unknown key; did you mean algorithm.beta?"),
         (["algorithm=dop"], "algorithm=dop: there is no such algorithm; did you mean dpo"),
         (["dataset=gsm8"], "dataset=gsm8: there is no such dataset; did you mean gsm8k?"),
         (["algorithm.learning_rate=fast"], "algorithm.learning_rate='fast' of SFT must be a number"),
+        (["reward=[gsm8k,lenght]"], "reward=lenght: there is no such reward; did you mean length?"),
+        (
+            ["algorithm.optimizer=lion"],
+            "must be an object of class Optimizer (or a subclass), given as '{_target_: rlhf.ops.optimizers.Lion, …}'",
+        ),
+        (
+            ["algorithm.schedule._target_=rlhf.ops.optimizers.Lineal"],
+            "rlhf.ops.optimizers has no Lineal; did you mean Lin",
+        ),
         (["algorithm.batch_size=2.5"], "algorithm.batch_size=2.5 of SFT must be an integer"),
         (["algorithm.learning_rate=-1"], "algorithm.learning_rate=-1 of SFT must be at least 0"),
         (["seed=x"], "seed='x' must be an integer"),
@@ -29,6 +39,11 @@ import pytest
         (["resume=nowhere/at/all"], "resume=nowhere/at/all: there is no run in this folder"),
         (["model.checkpoint=nowhere"], "no checkpoint in nowhere"),
         (["model.vocab_size=100"], "model.vocab_size=100 must be at least the"),
+        (
+            ["algorithm.optimizer._target_=rlhf.ops.optimizers.RMSProp"],
+            "algorithm.optimizer.b1 is no setting of RMSProp; there are: decay, eps, weight_decay (an object in "
+            "the place of another is given whole: 'algorithm.optimizer={_target_: rlhf.ops.optimizers.RMSProp, …}')",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -46,6 +61,10 @@ def test_help_and_config(command):
     assert "dpo" in shown.output
     config = command("--cfg", "job", "algorithm=dpo")
     assert "beta: 0.1" in config.output
+    assert "b1: 0.9" in config.output
+    other = command("--cfg", "job", "algorithm.optimizer={_target_: rlhf.ops.optimizers.RMSProp, decay: 0.8}")
+    assert "decay: 0.8" in other.output
+    assert "b1:" not in other.output  # nothing stays of what was there before
 
 
 def test_a_run_writes_its_folder(command, small, tmp_path):

@@ -19,7 +19,7 @@ from rlhf.train.sources import locate
 
 TINY = [
     "model=tiny_vision", "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1",
-    "model.head_width=16", "trainer.max_steps=2",
+    "model.head_width=16", "model.layers=2", "model.pattern=2", "trainer.max_steps=2",
     "model.vision.width=16", "model.vision.ff_width=24", "model.vision.heads=2", "trainer.eval_rows=4",
     "evaluation.rows=0", "algorithm.batch_size=4", "algorithm.microbatch_size=4",
 ]  # fmt: skip

@@ -203,7 +203,7 @@ def test_debug_reaches_every_stage(command, words, tmp_path):
     ("word", "expected"),
     [
         ("algorithm=ipo", "algorithm=ipo: pipeline stage sft is made for algorithm=sft; +sft.algorithm=ipo"),
-        ("+ddpo.seed=1", "pipeline stage sft: ddpo: nothing reads this section"),
+        ("+ddpo.seed=1", "+ddpo.seed=1: the pipeline has no stage 'ddpo'; did you mean dpo?"),
         ("algorithm.beta=0.5", "algorithm.beta: unknown key; there are: batch_size,"),
     ],
     ids=["group", "stage", "only one stage has it"],

@@ -7,6 +7,7 @@ import pytest
 
 TINY = [
     "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16",
+    "model.layers=2", "model.pattern=2",
     "dataset.max_length=96", "dataset.on_long=truncate", "dataset.eval_limit=8", "trainer.eval_rows=8",
     "evaluation.rows=4", "evaluation.max_new_tokens=4", "algorithm.batch_size=8", "algorithm.microbatch_size=8",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """A run that was stopped, however and wherever, goes on bit for bit: as if nothing had happened."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,7 +15,7 @@ import pytest
 WORDS = [
     "algorithm=tr_dpo", "algorithm.reference.every=3",
     "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16",
-    "dataset.n_train=60", "dataset.n_eval=16", "trainer.eval_rows=8",
+    "model.layers=2", "model.pattern=2", "dataset.n_train=60", "dataset.n_eval=16", "trainer.eval_rows=8",
     "evaluation.rows=2", "evaluation.max_new_tokens=4",
     "algorithm.batch_size=8", "algorithm.microbatch_size=4", "algorithm.learning_rate=1e-3",
     "trainer.epochs=null", "trainer.max_steps=20", "trainer.log_every=3", "trainer.eval_every=5",
@@ -34,12 +33,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def start(place: Path, *words: str) -> subprocess.Popen:
-    """`rlhf` in a process of its own, with programs compiled once for all of them."""
+    """`rlhf` in a process of its own that can be stopped, with programs compiled once for all of them."""
     command = [sys.executable, "-m", "rlhf", *words, f"hardware.compilation_cache={place / 'compiled'}"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -50,16 +46,24 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run(place: Path, *words: str) -> str:
-    code, output = finish(start(place, *words))
-    assert code == 0, output
-    return output
+@pytest.fixture
+def run(command, place, monkeypatch):
+    """`rlhf` in this process, to its end: what it printed."""
+    monkeypatch.chdir(place)
+
+    def to_its_end(*words: str) -> str:
+        done = command(*words)
+        assert done.code == 0, done.output
+        return done.output
+
+    return to_its_end
 
 
-@pytest.fixture(scope="module")
-def whole(place) -> Path:
-    """The folder of a run that nothing interrupted."""
-    run(place, *WORDS, "hydra.run.dir=whole")
+@pytest.fixture
+def whole(place, run) -> Path:
+    """The folder of a run that nothing interrupted, made once for this module."""
+    if not (place / "whole").exists():
+        run(*WORDS, "hydra.run.dir=whole")
     return place / "whole"
 
 
@@ -100,7 +104,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def test_killed_again_and_again(place, whole):
+def test_killed_again_and_again(place, whole, run):
     rng = random.Random(0)
     folder = place / "killed"
     moments = {
@@ -119,7 +123,7 @@ def test_killed_again_and_again(place, whole):
         assert code == -signal.SIGKILL, f"ended before it was killed {moment}:\n{output}"
         if moment == "before its first step":
             assert not any(folder.glob("checkpoints/step_*"))
-    assert "going on after step" in run(place, *words)
+    assert "going on after step" in run(*words)
     assert "starting at step 0" in (folder / "log.txt").read_text()
     assert_same_run(folder, whole)
 
@@ -136,7 +140,7 @@ def odd(prompts, completions, fields, step):
 """
 
 
-def test_killed_while_answers_are_judged(place):
+def test_killed_while_answers_are_judged(place, run):
     """Dynamic sampling reads prompts ahead of its step: their place is in the checkpoint too."""
     (place / "slow.py").write_text(REWARD)
     words = [
@@ -148,8 +152,8 @@ def test_killed_while_answers_are_judged(place):
     wait_for(process, (place / "judging").exists)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
-    assert "going on after step 2 of" in run(place, *words, "hydra.run.dir=judged", "resume=auto")
-    run(place, *words, "hydra.run.dir=unjudged")
+    assert "going on after step 2 of" in run(*words, "hydra.run.dir=judged", "resume=auto")
+    run(*words, "hydra.run.dir=unjudged")
     found, expected = place / "judged", place / "unjudged"
     assert sum(row.get("groups/attempts", 0) for row in rows(expected)) > 0
     assert without_times(rows(found)) == without_times(rows(expected))
@@ -162,7 +166,7 @@ def without_times(found: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith(ends)} for row in found]
 
 
-def test_sigterm_saves_and_says_how_to_go_on(place, whole):
+def test_sigterm_saves_and_says_how_to_go_on(place, whole, run):
     folder = place / "stopped"
     process = start(place, *WORDS, "hydra.run.dir=stopped")
     wait_for(process, lambda: n_rows(folder) >= 4)
@@ -176,7 +180,7 @@ def test_sigterm_saves_and_says_how_to_go_on(place, whole):
     assert 6 <= step < LAST
     assert (folder / "checkpoints" / f"step_{step}").is_dir()
     # all that the run was started with lies in its folder
-    output = run(place, "-cp", "stopped/.hydra", "-cn", "config", f"resume={folder}")
+    output = run("-cp", "stopped/.hydra", "-cn", "config", f"resume={folder}")
     assert f"going on after step {step} of" in output
     assert_same_run(folder, whole)
 
@@ -193,16 +197,17 @@ def damaged(whole, tmp_path):
     return folder
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used_with_consent(place, whole, damaged):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used_with_consent(command, whole, damaged):
     words = [*WORDS, f"resume={damaged}"]
-    code, output = finish(start(place, *words))
-    assert code == 1
+    refused = command(*words)
+    assert refused.code == 1
     newest, before = (damaged / "checkpoints" / f"step_{step}" for step in (LAST, LAST - 2))
-    assert f"checkpoint {newest} is damaged" in output
-    assert f"trainer.allow_older_checkpoint=true goes on from the one before, {before}" in output
-    assert "Traceback" not in output
-    output = run(place, *words, "trainer.allow_older_checkpoint=true")
-    assert f"going on after step {LAST - 2} of" in output
+    assert f"checkpoint {newest} is damaged" in refused.output
+    assert f"trainer.allow_older_checkpoint=true goes on from the one before, {before}" in refused.output
+    assert "Traceback" not in refused.output
+    done = command(*words, "trainer.allow_older_checkpoint=true")
+    assert done.code == 0, done.output
+    assert f"going on after step {LAST - 2} of" in done.output
     assert newest.with_suffix(".damaged").is_dir()
     assert_same_run(damaged, whole)
 
@@ -211,9 +216,8 @@ def test_other_data_is_refused(command, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["dataset"]["n_train"] = 61  # as if the same files held other rows
-    config["hardware"]["compilation_cache"] = None
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    done = command(*WORDS, "dataset.n_train=61", "resume=run")
+    done = command(*WORDS, "dataset.n_train=61", f"resume={tmp_path / 'run'}")
     assert done.code == 1
     assert "the data changed since" in done.output
     assert "a run goes on only with the rows it began with" in done.output

@@ -1,5 +1,6 @@
 """A sweep in one process: a folder for each run, one table, one set of compilations, weights and data loaded once."""
 
+import collections
 import csv
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from rlhf import build
 from rlhf.data.arithmetic import Arithmetic
-from rlhf.train import guard, sources
+from rlhf.train import guard, loop, sources
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -121,19 +122,26 @@ def test_no_number_of_an_algorithm_compiles_again(command, small, tmp_path, algo
     assert metrics(tmp_path / "second") != metrics(tmp_path / "first")
 
 
+def counting(function, counts: collections.Counter):
+    """The function, which counts its calls under its name."""
+
+    def counted(*arguments, **settings):
+        counts[function.__name__] += 1
+        return function(*arguments, **settings)
+
+    return counted
+
+
 def test_a_swept_run_equals_the_same_run_alone(command, words, tmp_path, monkeypatch):
-    answered, evaluate = [], build.evaluate_prompts
-
-    def counting(*arguments, **settings):
-        answered.append(evaluate(*arguments, **settings))
-        return answered[-1]
-
-    monkeypatch.setattr(build, "evaluate_prompts", counting)
-    words = [*words, "algorithm.learning_rate=1e-4", "trainer.checkpoint_every=2", "trainer.samples_every=2"]
+    counts = collections.Counter()
+    for module, name in ((build, "evaluate_prompts"), (loop, "measure_all")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name), counts))
+    words = [*words, "trainer.checkpoint_every=2", "trainer.samples_every=2"]
     words += ["evaluation.rows=2", "evaluation.max_new_tokens=4"]
-    assert command(*words, "-m", "algorithm.beta=0.5,0.1", "hydra.sweep.dir=sweep").code == 0  # -m stands anywhere
-    assert len(answered) == 3  # the parameters that both begin with once, what each of them ends with
-    assert command(*words, "algorithm.beta=0.1", "hydra.run.dir=alone").code == 0
+    # -m stands anywhere
+    assert command(*words, "-m", "algorithm.learning_rate=1e-3,1e-4", "hydra.sweep.dir=sweep").code == 0
+    assert counts == {"evaluate_prompts": 3, "measure_all": 3}  # what both begin with once, what each of them ends with
+    assert command(*words, "algorithm.learning_rate=1e-4", "hydra.run.dir=alone").code == 0
     swept = tmp_path / "sweep" / "1"
     assert metrics(swept) == metrics(tmp_path / "alone")
     arrays = "checkpoints/step_3/arrays"

@@ -68,7 +68,7 @@ def without_hold(folder: Path) -> bool:
 
 
 def frontier(folder: Path) -> bool:
-    """The divergence falls with every larger coefficient."""
+    """The divergence falls with every larger coefficient, the reward with every second: the largest two hardly move."""
     found = swept(folder / "frontier")
     for one in found:
         print(
@@ -76,6 +76,7 @@ def frontier(folder: Path) -> bool:
             f"accuracy {one.accuracy:.3f} ({one.low:.3f} to {one.high:.3f})"
         )
     falls = all(a.divergence > b.divergence for a, b in pairwise(found))
+    falls &= all(a.reward > b.reward for a, b in pairwise(found[::2]))
     return falls and len(found) >= N_COEFFICIENTS
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-LAST = 3  # steps whose mean is a run's divergence and reward: the last quarter of the sweep's
+LAST = 5  # steps whose mean is a run's divergence: the last quarter of the sweep's
 
 
 class Swept(NamedTuple):
-    """A run of the frontier. divergence: KL(π ‖ π_ref) by k3, nats per token. low, high: of the accuracy's interval."""
+    """A run of the frontier. divergence: KL(π ‖ π_ref) by k3, nats per token. reward, accuracy: of held-out answers,
+    after the last step. low, high: of the accuracy's interval."""
 
     coefficient: float
     divergence: float
@@ -43,9 +44,8 @@ def swept(sweep: Path) -> list[Swept]:
     for run in (path.parent for path in sweep.glob("*/metrics.jsonl")):
         overrides = (run / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
         coefficient = float(re.findall(r"algorithm\.kl\.coef=(\S+)", overrides)[-1])
-        trained = [row for row in metrics(run) if "kl/k3" in row][-LAST:]
-        divergence, reward = (statistics.fmean(row[name] for row in trained) for name in ("kl/k3", "reward/mean"))
+        divergence = statistics.fmean([row["kl/k3"] for row in metrics(run) if "kl/k3" in row][-LAST:])
         last = evaluated(run)[-1]
         bounds = (last[f"val/accuracy{end}"] for end in ("", "_low", "_high"))
-        found.append(Swept(coefficient, divergence, reward, *bounds))
+        found.append(Swept(coefficient, divergence, last["val/reward/mean"], *bounds))
     return sorted(found)

@@ -1,7 +1,8 @@
 """Time this project and its peers on one tiny shape, interleaved: python experiments/speed/run.py --rounds 5
 
 Every run is a process of its own on the same two cores; it prints a line when a step is done, and the clock is read
-here. `start` is from the creation of the process to its first such line, `step` the median time between later ones.
+here. `start` is from the creation of the process to its first such line, `step` the median time between later ones
+but for the last.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from contenders import absolute, begin, interpreter_with  # noqa: E402
 
 METHODS = ("sft", "dpo", "grpo", "ppo")
 N_WARM_UP = 2  # steps that are not counted, after the first
+# The last one isn't either: a loop that tells of a step when the next is on its way has nothing to wait for there.
+N_STEPS_LEAST = N_WARM_UP + 4
 _STEP = re.compile(r"\bstep +\d+/\d+")
 
 
@@ -92,11 +95,11 @@ def time_process(command: list[str], folder: Path) -> Run:
             used_at.append(used_seconds(process.pid))
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
-    if status or len(at) < N_WARM_UP + 2:
+    if status or len(at) < N_STEPS_LEAST:
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(printed[-15:])}")
     others = (busy_seconds() - busy - used.ru_utime - used.ru_stime) / seconds
     step, processor = (
-        statistics.median([b - a for a, b in itertools.pairwise(clock)][N_WARM_UP:]) for clock in (at, used_at)
+        statistics.median([b - a for a, b in itertools.pairwise(clock)][N_WARM_UP:-1]) for clock in (at, used_at)
     )
     return Run(at[0] - started, step, processor, used.ru_maxrss / 1e6, max(others, 0.0))
 
@@ -172,8 +175,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.peers_python = absolute(args.peers_python)
-    if args.steps < N_WARM_UP + 3:
-        parser.error(f"--steps {args.steps} must be at least {N_WARM_UP + 3}: the first {N_WARM_UP + 1} don't count")
+    if args.steps < N_STEPS_LEAST:
+        parser.error(
+            f"--steps {args.steps} must be at least {N_STEPS_LEAST}: the first {N_WARM_UP + 1} and the last don't count"
+        )
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         ours.write_rows(folder)

@@ -108,8 +108,7 @@ class Algorithm:
     def __post_init__(self):
         require_range(self, "learning_rate", at_least=0)
         require_range(self, "clip_norm", above=0)
-        for name in ("batch_size", "microbatch_size", "epochs", "minibatches"):
-            require_range(self, name, at_least=1)
+        require_range(self, "batch_size", "microbatch_size", "epochs", "minibatches", at_least=1)
         self.require_divisible()
 
     def require_divisible(self) -> None:

@@ -26,11 +26,16 @@ def varies(rollouts: Rollouts, group_size: int) -> Bool[np.ndarray, "prompts"]:
 class Groups:
     """Chooses the groups of a batch."""
 
+    @property
+    def needs_group(self) -> bool:
+        """Whether groups are judged by the spread of their rewards, so that one answer is too few."""
+        return False
+
     def collect(
         self, first: Rollouts, n_prompts: int, group_size: int, more: More
     ) -> tuple[Rollouts, dict[str, float]]:
         """`n_prompts` groups, and metrics `groups/…`. more: generates further ones."""
-        return first, {"groups/zero_variance": float(1 - varies(first, group_size).mean())}
+        return first, {"groups/zero_variance": float(1 - varies(first, group_size).mean())} if group_size > 1 else {}
 
     def is_kept(self, rollouts: Rollouts, group_size: int) -> Bool[np.ndarray, "prompts"]:
         """Which groups have a loss."""
@@ -47,6 +52,10 @@ class KeepAll(Groups):
 class DropFlat(Groups):
     """They count nowhere: means are over the other groups."""
 
+    @property
+    def needs_group(self):
+        return True
+
     def is_kept(self, rollouts, group_size):
         return varies(rollouts, group_size)
 
@@ -59,6 +68,10 @@ class Resample(Groups):
     """
 
     max_attempts: int = 8
+
+    @property
+    def needs_group(self):
+        return True
 
     def __post_init__(self):
         require_range(self, "max_attempts", at_least=1)
@@ -88,19 +101,27 @@ class Resample(Groups):
 
 
 def warn_if_flat(
-    runtime: Runtime, rollouts: Rollouts, group_size: int, advantages: Float[np.ndarray, "rows *time"], has_kl: bool
+    runtime: Runtime,
+    rollouts: Rollouts,
+    group_size: int,
+    advantages: Float[np.ndarray, "rows *time"],
+    has_kl: bool,
+    needs_spread: bool = True,
 ) -> None:
-    """Say so, loudly and early, when a batch has nothing to learn from; then at every doubling of such batches on end.
+    """Say so, loudly and early, when a batch has nothing to learn from; then at every doubling of the number of such.
 
-    advantages: of each answer or of its tokens. has_kl: whether the loss has a term besides them.
+    advantages: of each answer or of its tokens. has_kl: whether the loss holds the kept answers to a reference.
+    needs_spread: whether equal answers, or equal rewards, teach nothing whatever the advantages are.
     """
-    reason = _flatness(rollouts, group_size, advantages, has_kl)
-    n_flat = int(runtime.memory.get("n_flat_batches", 0)) + 1 if reason else 0
+    is_learning = not needs_spread and bool(advantages.any())
+    reason = "" if is_learning else _flatness(rollouts, group_size, advantages, has_kl)
+    if not reason:
+        return
+    n_flat = int(runtime.memory.get("n_flat_batches", 0)) + 1
     runtime.memory["n_flat_batches"] = np.asarray(n_flat)
-    if n_flat and n_flat & (n_flat - 1) == 0:
-        before = "batch" if n_flat == 2 else f"{n_flat - 1} batches"
-        on_end = f", and in the {before} before it" if n_flat > 1 else ""
-        log.warning("step %d%s: %s", runtime.step + 1, on_end, reason)
+    if n_flat & (n_flat - 1) == 0:
+        so_far = f" ({n_flat} such batches so far)" if n_flat > 1 else ""
+        log.warning("step %d: %s%s", runtime.step + 1, reason, so_far)
 
 
 def _flatness(rollouts: Rollouts, group_size: int, advantages: Float[np.ndarray, "rows *time"], has_kl: bool) -> str:
@@ -118,6 +139,8 @@ def _flatness(rollouts: Rollouts, group_size: int, advantages: Float[np.ndarray,
             f"all {valid.size} answers have the reward {valid[0]:g}: nothing can be compared. Is the task too hard or "
             "too easy for this model, or does the reward not find what it looks for?"
         )
-    if not advantages.any() and not has_kl:
-        return "every advantage is 0, so that the gradient is 0 and nothing is learnt"
-    return ""
+    if advantages.any():
+        return ""
+    left = "only the divergence from the reference has a gradient" if has_kl else "the gradient is 0"
+    cut = "; all answers were cut at algorithm.max_new_tokens" if rollouts.is_truncated.all() else ""
+    return f"every advantage is 0: {left}, and nothing is learnt from the rewards{cut}"

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from rlhf.algorithms.base import Batch, Params, Runtime
 from rlhf.algorithms.groups import Groups, KeepAll, warn_if_flat
-from rlhf.algorithms.policy_terms import mean, policy_scores, regularised
+from rlhf.algorithms.policy_terms import kl_coefficient, mean, policy_scores, regularised
 from rlhf.algorithms.rollouts import (
     Online,
     Rollouts,
@@ -82,11 +82,14 @@ class GRPO(Online):
     def __post_init__(self):
         super().__post_init__()
         require_range(self, "entropy_bonus", at_least=0)
-        if self.advantage.needs_group and self.group_size < 2:
-            raise ConfigError(
-                f"algorithm.group_size={self.group_size} must be at least 2: "
-                f"algorithm.advantage={type(self.advantage).__name__} compares the answers to a prompt with each other"
-            )
+        self.truncation.require_fits(self.max_new_tokens)
+        for name in ("advantage", "groups"):
+            choice = getattr(self, name)
+            if choice.needs_group and self.group_size < 2:
+                raise ConfigError(
+                    f"algorithm.group_size={self.group_size} must be at least 2: algorithm.{name}="
+                    f"{type(choice).__name__} compares the answers to a prompt with each other"
+                )
 
     @property
     def trains_entropy(self):
@@ -113,7 +116,7 @@ class GRPO(Online):
         is_kept = rollouts.is_valid & self.truncation.is_kept(rollouts.is_truncated)
         is_kept &= np.repeat(self.groups.is_kept(rollouts, self.group_size), self.group_size)
         is_counted = batch["is_answer"] & is_kept[:, None]
-        advantages = self.advantages(rollouts, batch) * is_counted
+        advantages = self._advantages(runtime, rollouts, batch) * is_counted
         by_answer = advantages.sum(axis=-1) / rollouts.n_tokens
         self._tell(runtime, rollouts, by_answer, is_kept, told)
         return in_rows(
@@ -142,12 +145,14 @@ class GRPO(Online):
             return KeepAll().collect(replay(runtime, self), self.batch_size, self.group_size, more)
         return self.groups.collect(roll_out(runtime, params, prompts, self), self.batch_size, self.group_size, more)
 
-    def advantages(self, rollouts: Rollouts, batch: Batch) -> Float[np.ndarray, "rows time"]:
+    def _advantages(self, runtime: Runtime, rollouts: Rollouts, batch: Batch) -> Float[np.ndarray, "rows time"]:
         """Of each answer token; the same for all of an answer, unless each answers for the divergence after it."""
         is_answer, by_group = batch["is_answer"], (-1, self.group_size)
         penalty = np.zeros(is_answer.shape, np.float32)
         if isinstance(self.kl, InReward) and self.kl.is_used:
-            penalty = float(self.kl.coef) * (batch["old_logprobs"] - batch["reference_logprobs"]) * is_answer
+            log_ratio = (batch["old_logprobs"] - batch["reference_logprobs"]) * is_answer
+            is_judged = is_answer & rollouts.is_valid[:, None]
+            penalty = kl_coefficient(runtime, self.kl, log_ratio * is_judged, is_judged) * log_ratio
         later = np.cumsum(penalty[:, ::-1], axis=-1)[:, ::-1]  # of each token and those after it
         is_per_token = isinstance(self.kl, InReward) and self.kl.per_token
         rewards = self.truncation.shaped(
@@ -161,13 +166,14 @@ class GRPO(Online):
     def _tell(self, runtime: Runtime, rollouts: Rollouts, advantages: Any, is_kept: Any, told: dict) -> None:
         log_rollouts(runtime, rollouts, advantages)
         rewards = rollouts.rewards.reshape(-1, self.group_size)
+        of_groups = {"groups/reward_std": float(rewards.std(axis=1).mean())} if self.group_size > 1 else {}
         runtime.log.metrics |= told | {
-            "groups/reward_std": float(rewards.std(axis=1).mean()),
+            **of_groups,
             "advantages/std": float(advantages.std()),
             "answers/kept": float(is_kept.mean()),
         }
         has_kl = self.needs_reference and not isinstance(self.kl, InReward)
-        warn_if_flat(runtime, rollouts, self.group_size, advantages, has_kl)
+        warn_if_flat(runtime, rollouts, self.group_size, advantages, has_kl and bool(is_kept.any()))
 
     def loss(self, model, params, batch):
         tokens, entropy = policy_scores(self, model, params, batch)

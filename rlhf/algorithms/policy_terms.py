@@ -1,14 +1,17 @@
-"""What losses of online algorithms share: the policy's scores, and what is added to the cost of a token."""
+"""What online algorithms share: the policy's scores, what is added to the cost of a token, and the coefficient of a
+divergence in the reward."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
 
-from rlhf.algorithms.base import Batch, Metrics
-from rlhf.ops.kl import InLoss, kl_metrics
+from rlhf.algorithms.base import Batch, Metrics, Runtime
+from rlhf.ops.kl import InLoss, InReward, kl_metrics
 from rlhf.ops.policy import PolicyTokens, ratio_metrics
+from rlhf.ops.reward_shaping import Adaptive
 
 
 def policy_scores(
@@ -57,6 +60,25 @@ def regularised(
             divergence = kl.estimator(log_ratio)
             cost += kl.coef * (divergence * tokens.ratio if kl.importance_weighted else divergence)
     return cost, metrics
+
+
+def kl_coefficient(
+    runtime: Runtime,
+    kl: InReward,
+    log_ratio: Float[np.ndarray, "rows time"],
+    is_counted: Bool[np.ndarray, "rows time"],
+) -> float:
+    """That of this batch's divergence in the reward, noted as `kl/coef`; an adaptive one remembers the next.
+
+    log_ratio: log π − log π_ref of each token that counts, 0 elsewhere.
+    """
+    coef = float(runtime.memory.get("kl_coef", kl.coef))
+    if isinstance(kl, Adaptive):
+        n_answers = int(is_counted.any(axis=1).sum())
+        divergence = float(log_ratio.sum()) / max(n_answers, 1)
+        runtime.memory["kl_coef"] = np.asarray(kl.followed(coef, divergence, n_answers), np.float64)
+    runtime.log.metrics["kl/coef"] = coef
+    return coef
 
 
 def mean(values: Shaped[Array, "*batch time"], weight: Float[Array, "*batch time"]) -> Float[Array, ""]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from rlhf.algorithms.base import Batch, Runtime
 from rlhf.algorithms.critic import Critic
 from rlhf.algorithms.groups import warn_if_flat
-from rlhf.algorithms.policy_terms import mean, policy_scores, regularised
+from rlhf.algorithms.policy_terms import kl_coefficient, mean, policy_scores, regularised
 from rlhf.algorithms.rollouts import (
     Online,
     Rollouts,
@@ -29,7 +29,7 @@ from rlhf.config import Number, config, require_range
 from rlhf.ops.gae import explained_variance, generalized_advantage, last_of, token_rewards, value_losses, whiten
 from rlhf.ops.kl import InReward, KLPenalty
 from rlhf.ops.policy import Clipped, PolicyLoss, RatioLevel, TokenRatio
-from rlhf.ops.reward_shaping import Adaptive, Shaping
+from rlhf.ops.reward_shaping import Shaping
 from rlhf.ops.weights import PerToken, Weighting
 
 
@@ -136,7 +136,7 @@ class PPO(Online):
         penalty = np.zeros(is_counted.shape, np.float32)
         if isinstance(self.kl, InReward) and self.kl.is_used:
             log_ratio = (batch["old_logprobs"] - batch["reference_logprobs"]) * is_counted
-            penalty = (self._kl_coefficient(runtime, log_ratio, is_counted) * log_ratio).astype(np.float32)
+            penalty = (kl_coefficient(runtime, self.kl, log_ratio, is_counted) * log_ratio).astype(np.float32)
             if not self.kl.per_token:
                 penalty = np.where(last_of(is_counted), penalty.sum(axis=1, keepdims=True), 0.0)
         runtime.log.metrics |= {
@@ -145,17 +145,6 @@ class PPO(Online):
         }
         rewards = token_rewards(scores, penalty, is_counted).astype(np.float32)
         return whiten(rewards, is_counted, keep_mean=True) if self.whiten_rewards else rewards
-
-    def _kl_coefficient(self, runtime: Runtime, log_ratio: Any, is_counted: Any) -> float:
-        """That of this batch; an adaptive one remembers the next."""
-        kl: Any = self.kl
-        coef = float(runtime.memory.get("kl_coef", kl.coef))
-        if isinstance(kl, Adaptive):
-            n_answers = int(is_counted.any(axis=1).sum())
-            divergence = float(log_ratio.sum()) / max(n_answers, 1)
-            runtime.memory["kl_coef"] = np.asarray(kl.followed(coef, divergence, n_answers), np.float64)
-        runtime.log.metrics["kl/coef"] = coef
-        return coef
 
     def _tell(self, runtime: Runtime, rollouts: Rollouts, batch: Batch, is_counted: Any, plain: Any) -> None:
         by_answer = batch["advantages"].sum(axis=-1) / rollouts.n_tokens
@@ -167,7 +156,8 @@ class PPO(Online):
             "returns/std": float(counted.std()),
             "advantages/token_std": float(plain[is_counted].std()) if is_counted.any() else 0.0,
         }
-        warn_if_flat(runtime, rollouts, self.group_size, batch["advantages"], self.needs_reference)
+        has_kl = self.needs_reference and not isinstance(self.kl, InReward)
+        warn_if_flat(runtime, rollouts, self.group_size, batch["advantages"], has_kl and bool(is_counted.any()))
 
     def loss(self, model, params, batch):
         tokens, entropy = policy_scores(self, model, params, batch)

@@ -30,12 +30,14 @@ MODEL_INPUTS = (
 
 
 @functools.partial(jax.jit, static_argnames=("model", "with_entropy"))
-def _token_logprobs(
+def _scores(
     model: Any, params: Params, inputs: Batch, temperature: Number, with_entropy: bool
-) -> Float[Array, "..."]:
+) -> tuple[Float[Array, "..."], ...]:
+    """Log-probabilities first. Entropies are results too: the compiler drops what nobody asks for, and then sums the
+    rest in another order than a loss that does."""
     if with_entropy:
-        return model.token_statistics(params, inputs, temperature).logprobs
-    return model.token_logprobs(params, inputs, temperature)
+        return model.token_statistics(params, inputs, temperature)[:2]
+    return (model.token_logprobs(params, inputs, temperature),)
 
 
 class Remembered:
@@ -105,8 +107,8 @@ class LiveReference:
     def _scored(self, inputs: Batch, temperature: Number) -> Float[Array, "..."]:
         n_rows, by = inputs["tokens"].shape[0], jnp.float32(temperature)
         slices = [{k: v[at : at + self.rows] for k, v in inputs.items()} for at in range(0, n_rows, self.rows)]
-        score = functools.partial(_token_logprobs, self.model, self.params)
-        scored = [whole(score(self.place(part), by, self.with_entropy)) for part in slices]
+        score = functools.partial(_scores, self.model, self.params)
+        scored = [whole(score(self.place(part), by, self.with_entropy)[0]) for part in slices]
         return scored[0] if len(scored) == 1 else jnp.concatenate(scored)
 
 

@@ -117,7 +117,7 @@ def _examples(algorithm: Algorithm, max_length: int) -> Examples:
 
 
 class _Writer:
-    """Answers of the greatest length, made of one token."""
+    """Answers of the greatest length, each made of one token, other than its neighbours."""
 
     def __init__(self, settings: SamplingSettings):
         self.settings = settings
@@ -131,7 +131,8 @@ class _Writer:
         lengths = np.full(shape[0], max_new_tokens, np.int32)
         lengths[::2] = max(1, max_new_tokens // 2)
         ends = ["length" if at == max_new_tokens else "stop" for at in lengths]
-        written = Generation(np.full(shape, 10, np.int32), zeros, zeros, zeros, None, lengths, ends)
+        tokens = np.broadcast_to(10 + np.arange(shape[0], dtype=np.int32)[:, None] % 200, shape)
+        written = Generation(tokens, zeros, zeros, zeros, None, lengths, ends)
         completions = [Completion("", int(at), end) for at, end in zip(lengths, ends, strict=True)]
         return Rollout(completions, written, n, 1.0)
 

@@ -59,7 +59,8 @@ class RFT(Online):
             "answers/kept": float(is_kept.mean()),
             "reward/kept_mean": float(rollouts.rewards[is_kept].mean()) if is_kept.any() else 0.0,
         }
-        warn_if_flat(runtime, rollouts, self.group_size, is_kept.astype(np.float32), has_kl=False)
+        needs_spread = self.least_reward is None  # else answers that are all right teach as well
+        warn_if_flat(runtime, rollouts, self.group_size, is_kept.astype(np.float32), False, needs_spread)
         chosen = as_batch(runtime, rollouts.take(rows), self.max_new_tokens)
         is_counted = chosen["is_answer"] & is_good[rows][:, None]
         return {**chosen, "weight": self.weighting(is_counted).astype(np.float32)}

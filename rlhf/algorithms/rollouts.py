@@ -290,6 +290,11 @@ def reference_logprobs(runtime: Runtime, batch: Batch, algorithm: Online) -> Flo
     return logprobs
 
 
+def number_or_none(value: Any) -> float | None:
+    """None for what JSON has no number for: a reward that failed."""
+    return float(value) if np.isfinite(value) else None
+
+
 def log_rollouts(runtime: Runtime, rollouts: Rollouts, advantages: Float[np.ndarray, "rows"]) -> None:
     """Tell `runtime.log` of a batch's answers: metrics (docs/metrics.md), times, and rows for `samples.jsonl`.
 
@@ -314,17 +319,19 @@ def log_rollouts(runtime: Runtime, rollouts: Rollouts, advantages: Float[np.ndar
 
 
 def _shown(rollouts: Rollouts, advantages: Float[np.ndarray, "rows"]) -> list[dict[str, Any]]:
-    """One row for each answer: the best, the worst, the second best …"""
-    order = np.argsort(-rollouts.rewards, kind="stable").tolist()
+    """One row for each answer: the best, the worst, the second best …; those that could not be judged, without a
+    reward, last."""
+    order = [row for row in np.argsort(-rollouts.rewards, kind="stable").tolist() if rollouts.is_valid[row]]
     alternating = [order[place // 2] if place % 2 == 0 else order[-1 - place // 2] for place in range(len(order))]
+    alternating += np.flatnonzero(~rollouts.is_valid).tolist()
     return [
         {
             "row": rollouts.prompts[row].row,
             "prompt": rollouts.answers[row].prompt,
             "text": rollouts.answers[row].completion,
             "reference": rollouts.answers[row].reference,
-            "reward": float(rollouts.rewards[row]),
-            "rewards": {name: float(values[row]) for name, values in rollouts.parts.items()},
+            "reward": number_or_none(rollouts.rewards[row] if rollouts.is_valid[row] else np.nan),
+            "rewards": {name: number_or_none(values[row]) for name, values in rollouts.parts.items()},
             "advantage": float(advantages[row]),
             "n_tokens": int(rollouts.n_tokens[row]),
             "finish_reason": rollouts.finish_reasons[row],

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.algorithms.base import Params, Runtime
-from rlhf.algorithms.rollouts import Online, Rollouts, roll_out, score
+from rlhf.algorithms.rollouts import Online, Rollouts, number_or_none, roll_out, score
 from rlhf.data.encode import Prompt
 from rlhf.errors import DataError
 from rlhf.rewards.base import Answered
@@ -53,17 +53,12 @@ def save_rollouts(path: Path, rollouts: Rollouts, temperature: float) -> None:
             "reference": answer.reference,
             "fields": dict(answer.fields),
             "reward": float(rollouts.rewards[row]),
-            "rewards": {name: _number(values[row]) for name, values in rollouts.parts.items()},
+            "rewards": {name: number_or_none(values[row]) for name, values in rollouts.parts.items()},
             "is_valid": bool(rollouts.is_valid[row]),
         }
         lines.append(json.dumps(saved, default=str))
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write("".join(f"{line}\n" for line in lines))
-
-
-def _number(value: Any) -> float | None:
-    """None for what JSON has no number for: a reward that failed."""
-    return float(value) if np.isfinite(value) else None
 
 
 def rolled_out(runtime: Runtime, params: Params, prompts: Sequence[Prompt], algorithm: Online) -> Rollouts:

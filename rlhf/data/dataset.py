@@ -137,7 +137,7 @@ class Dataset(Data):
         share = (held_out, 1.0) if part == "train" else (0.0, held_out or 1.0)
         bad = _BadRows()
         found: list[tuple[Source, Example]] = []
-        n_rows = 0
+        n_rows, keeps_fields = 0, part == "eval" or form == "prompt"  # else a million texts would stay in memory
         for raw in self.raw_rows(part, form):
             n_rows += 1
             try:
@@ -146,7 +146,8 @@ class Dataset(Data):
                 bad.add(raw, error, self.on_bad_row)
                 continue
             if _belongs(examples[0], share):
-                found += [(Source(raw.place, raw.fields or {}), example) for example in examples]
+                source = Source(raw.place, (raw.fields or {}) if keeps_fields else {})
+                found += [(source, example) for example in examples]
             if limit is not None and len(found) >= limit:
                 break
         bad.report(part, n_rows)

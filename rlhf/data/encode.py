@@ -44,15 +44,15 @@ class Settings(Protocol):
     def share_prompt(self) -> bool: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """Where an example comes from. place: for messages; fields: the raw row."""
+    """Where an example comes from. place: for messages; fields: the raw row, of prompts and of evaluation rows."""
 
     place: str
     fields: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TokenRow:
     """One token row.
 
@@ -308,7 +308,8 @@ def _fingerprint(
     flat = [row for group in rows for row in group]
     digest = hashlib.sha256(form.encode())
     digest.update(np.array([len(row.tokens) for row in flat], np.int64).tobytes())
-    digest.update(np.concatenate([row.tokens for row in flat]).tobytes())
+    for row in flat:
+        digest.update(np.ascontiguousarray(row.tokens).data)
     digest.update(np.packbits(np.concatenate([row.is_answer for row in flat])).tobytes())
     digest.update(np.array([index for group in packs for index in (*group, -1)], np.int64).tobytes())
     digest.update(np.array(is_desirable, bool).tobytes())

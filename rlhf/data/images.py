@@ -286,4 +286,6 @@ def _rgb(image: Any, name: str) -> Any:
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{name} has pixels outside 0 … 65535: save it with 8 or 16 bits")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "P":  # by way of alpha: straight to three channels, Pillow warns of transparent colours
+        image = image.convert("RGBA")
     return image.convert("RGB")

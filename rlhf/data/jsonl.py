@@ -6,11 +6,12 @@ surrogates, bytes that are no UTF-8, rows that are no objects.
 """
 
 import gzip
+import io
 import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +33,44 @@ def read_json(path: Path) -> Iterator[tuple[int, Row | DataError]]:
     Raises:
         DataError: the file is no UTF-8 text or holds no row, or a list breaks off, so that the rest can't be read.
     """
-    data = _read_bytes(path)
-    for mark, name in _OTHER_ENCODINGS.items():
-        if data.startswith(mark):
-            raise DataError(f"{path} is {name}, not UTF-8 text")
-    data = data.removeprefix(_BOM)
-    is_list = ".jsonl" not in path.suffixes and ".ndjson" not in path.suffixes and data.lstrip()[:1] == b"["
     n_rows = 0
-    for line, row in _list_rows(path, data) if is_list else _line_rows(data):
+    for line, row in _rows(path):
         n_rows += 1
         yield line, row
     if not n_rows:
         raise DataError(f"{path} holds no rows")
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is no whole gzip file: {error}") from error
+def _rows(path: Path) -> Iterator[tuple[int, Row | DataError]]:
+    with _opened(path) as file:
+        try:
+            start = file.read(len(_BOM))
+            for mark, name in _OTHER_ENCODINGS.items():
+                if start.startswith(mark):
+                    raise DataError(f"{path} is {name}, not UTF-8 text")
+            file.seek(len(_BOM) if start == _BOM else 0)
+            if ".jsonl" not in path.suffixes and ".ndjson" not in path.suffixes:
+                data = file.read()
+                yield from _list_rows(path, data) if data.lstrip()[:1] == b"[" else _line_rows(io.BytesIO(data))
+            else:
+                yield from _line_rows(file)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is no whole gzip file: {error}") from error
 
 
-def _line_rows(data: bytes) -> Iterator[tuple[int, Row | DataError]]:
-    lines = data.split(b"\n")
+def _opened(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _line_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Row | DataError]]:
+    """One line is in memory at a time."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield number, _parse_line(line)
+            yield number, _parse_line(line.removesuffix(b"\n"))
         except DataError as error:
-            is_cut = number == len(lines)  # else the last piece is empty: it follows the last line end
-            hint = "; the line has no line end: the file may be cut off" if is_cut else ""
+            hint = "" if line.endswith(b"\n") else "; the line has no line end: the file may be cut off"
             yield number, DataError(f"{error}{hint}")
 
 
@@ -116,7 +124,8 @@ def _decode(parse: Any, text: str, *position: int) -> Any:
     except DataError:
         raise
     except json.JSONDecodeError as error:
-        raise DataError(f"no JSON: {error.msg} at character {error.pos - sum(position) + 1}") from None
+        reason = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise DataError(f"no JSON: {reason} at character {error.pos - sum(position) + 1}") from None
     except RecursionError:
         raise DataError("no JSON that can be read: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits

@@ -227,7 +227,7 @@ def take(fields: Mapping[str, Any], column: str) -> Any:
     if column in fields:
         raise DataError(f"column {column!r} is null")
     near = difflib.get_close_matches(column, fields, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "; dataset.rows says which column holds what"
     raise DataError(f"there is no column {column!r} (there are: {', '.join(map(str, fields)) or 'none'}){hint}")
 
 
@@ -237,6 +237,8 @@ def read_prompt(value: Any, column: str, role: str, content: str) -> Messages:
         if is_transcript(value):
             return _in_column(column, parse_transcript, _OPEN_ANSWER.sub("", value))
         return (Message("user", value),)
+    if not isinstance(value, list | tuple):
+        raise DataError(f"column {column!r} must be text or a list of messages, not {_shown(value)}")
     return read_messages(value, column, role, content)
 
 

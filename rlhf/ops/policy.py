@@ -214,8 +214,7 @@ class GammaWeight(PolicyLoss):
     negative_rate: Number = 2.0
 
     def __post_init__(self):
-        for name in ("positive_power", "positive_rate", "negative_power", "negative_rate"):
-            require_range(self, name, above=0)
+        require_range(self, "positive_power", "positive_rate", "negative_power", "negative_rate", above=0)
 
     def __call__(self, tokens):
         log_ratio = (tokens.logprobs - tokens.old_logprobs) * tokens.is_answer

@@ -10,6 +10,13 @@ from rlhf.errors import ConfigError
 class Truncation:
     """Changes rewards by length, and says which answers count."""
 
+    def require_fits(self, max_new_tokens: int) -> None:
+        """Refuse settings that the longest answer has no room for.
+
+        Raises:
+            ConfigError
+        """
+
     def shaped(
         self,
         rewards: Float[np.ndarray, "rows"],
@@ -67,10 +74,12 @@ class SoftOverlong(Truncation):
         require_range(self, "buffer", at_least=1)
         require_range(self, "penalty", at_least=0)
 
-    def shaped(self, rewards, n_tokens, is_truncated, max_new_tokens):
+    def require_fits(self, max_new_tokens):
         if self.buffer > max_new_tokens:
             raise ConfigError(
                 f"algorithm.truncation.buffer={self.buffer} must be at most algorithm.max_new_tokens={max_new_tokens}"
             )
+
+    def shaped(self, rewards, n_tokens, is_truncated, max_new_tokens):
         share = np.clip((n_tokens - (max_new_tokens - self.buffer)) / self.buffer, 0, 1)
         return rewards - np.float32(self.penalty) * np.where(is_truncated, 1.0, share).astype(np.float32)

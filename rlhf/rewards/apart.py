@@ -32,10 +32,8 @@ class Apart(Reward):
     on_error: OnError = "stop"
 
     def __post_init__(self):
-        for name in ("timeout_seconds", "call_seconds", "start_seconds", "memory_gb"):
-            require_range(self, name, above=0)
-        for name in ("answers_per_call", "workers"):
-            require_range(self, name, at_least=1)
+        require_range(self, "timeout_seconds", "call_seconds", "start_seconds", "memory_gb", above=0)
+        require_range(self, "answers_per_call", "workers", at_least=1)
 
     @abstractmethod
     def target(self) -> tuple[str, str]:

@@ -64,10 +64,8 @@ class Judge(Reward):
             raise ConfigError(f"endpoint={self.endpoint} of Judge must begin with http:// or https://")
         if self.lowest >= self.highest:
             raise ConfigError(f"lowest={self.lowest} of Judge must be less than highest={self.highest}")
-        for name in ("timeout_seconds", "request_seconds"):
-            require_range(self, name, above=0)
-        for name in ("max_new_tokens", "parallel"):
-            require_range(self, name, at_least=1)
+        require_range(self, "timeout_seconds", "request_seconds", above=0)
+        require_range(self, "max_new_tokens", "parallel", at_least=1)
         require_range(self, "retries", at_least=0)
 
     def connect(self, load: Callable[[str], Any]) -> Scorer:

@@ -23,8 +23,7 @@ class Length(Reward):
     buffer: int | None = None
 
     def __post_init__(self):
-        for name in ("target", "cap", "longest", "buffer"):
-            require_range(self, name, at_least=1)
+        require_range(self, "target", "cap", "longest", "buffer", at_least=1)
         if (self.longest is None) != (self.buffer is None):
             raise ConfigError("longest and buffer of Length belong together: set both or neither")
         if self.target is self.cap is self.longest is None:

@@ -56,10 +56,8 @@ class MathReasoning(Reward):
 
     def __post_init__(self):
         require_tags((self.reasoning_tag, self.answer_tag), "MathReasoning")
-        for name in ("tolerance", "overlap", "length_weight", "steps_weight", "notation_weight"):
-            require_range(self, name, at_least=0)
-        for name in ("least_words", "steps", "notation"):
-            require_range(self, name, at_least=1)
+        require_range(self, "tolerance", "overlap", "length_weight", "steps_weight", "notation_weight", at_least=0)
+        require_range(self, "least_words", "steps", "notation", at_least=1)
         require_range(self, "most_words", at_least=self.least_words)
         if not self.length_weight + self.steps_weight + self.notation_weight:
             raise ConfigError("one of length_weight, steps_weight, notation_weight of MathReasoning must be above 0")

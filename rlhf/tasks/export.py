@@ -11,6 +11,7 @@ from rlhf.build import Experiment
 from rlhf.config import config, require_range
 from rlhf.errors import ConfigError
 from rlhf.model.checkpoints import write_hf, write_orbax, write_peft, write_tokenizer
+from rlhf.model.checkpoints.hf_config import require_expressible
 from rlhf.model.checkpoints.write_folder import new_folder, require_free
 from rlhf.model.lora import LoRA
 from rlhf.model.settings import ModelSettings, VisionSettings
@@ -82,6 +83,8 @@ class Export:
 
     def _write_model(self, experiment: Experiment, out: Path) -> None:
         a, dtype = experiment.model.architecture, experiment.settings.hardware.param_dtype
+        if self.format == "hf":
+            require_expressible(a)
         tokenizer, tree = experiment.tokenizer, experiment.parameters
         with new_folder(out) as folder:
             if self.format == "orbax":

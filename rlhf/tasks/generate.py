@@ -1,5 +1,6 @@
 """Answer prompts with a checkpoint."""
 
+import codecs
 import json
 import logging
 import sys
@@ -17,6 +18,7 @@ from rlhf.data.rows import Questions
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.chat import ChatTemplate, Message
 from rlhf.model.vision import Vision
+from rlhf.sampling.presets import method_name
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,16 @@ class Generate:
         """Prints each answer and writes `generations.jsonl`.
 
         Raises:
-            ConfigError: no prompts. DataError: a file or row that can't be used.
+            ConfigError: no prompts, or several answers by a method that does not draw. DataError: a file or row that
+                can't be used.
         """
-        settings, prompts, shown = experiment.settings.evaluation, *self._prompts(experiment)
+        settings = experiment.settings.evaluation
+        if self.n > 1 and not settings.draws:
+            raise ConfigError(
+                f"task.n={self.n} needs a method that draws, such as evaluation.method=standard: "
+                f"{method_name(settings.drawn_by)} answers are the same every time"
+            )
+        prompts, shown = self._prompts(experiment)
         sampler, parameters = experiment.sampler, experiment.parameters
         rollout = settings.answers(sampler, parameters, prompts, self.n)
         rows = []
@@ -84,12 +93,28 @@ class Generate:
         elif not path.is_file():
             raise ConfigError(f"prompts={path}: there is no such file")
         elif path.suffix == ".txt":
-            texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            texts = _lines(path)
         else:
             return [_of_row(path, line, row, vision) for line, row in read_json(path)]
         if not texts:
             raise ConfigError("prompts is empty: give questions, as prompts='[first,second]', or a file")
         return [(Message("user", text),) for text in texts]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    texts = []
+    # at line ends only: bytes have no others, such as U+2028
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        try:
+            texts.append(line.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: byte {error.start + 1} of the line is no UTF-8") from None
+    return [text for text in texts if text.strip()]
 
 
 def _of_row(path: Path, line: int, row: Any, vision: Vision | None) -> Messages:

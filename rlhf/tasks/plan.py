@@ -82,6 +82,8 @@ class Plan:
             "tokens_per_step": n_tokens,
         }
         log.info("%s", _table(numbers, s, told, n_shards))
+        if need.generation_peak > limit:
+            self._tell_of_generation(s, setup, need)
         if self.advise:
             numbers["advice"] = self._advice(s, setup, need, limit)
         (folder / "plan.json").write_text(json.dumps(numbers, indent=1))
@@ -124,13 +126,25 @@ class Plan:
 
     def need(self, s: Settings, setup: Setup) -> Need:
         """Bytes on a device, of the update and of generation, where the algorithm generates."""
-        need = need_of(setup)
+        return dataclasses.replace(need_of(setup), generation=self._generation(s, setup))
+
+    def _generation(self, s: Settings, setup: Setup) -> dict[str, int]:
         if not s.algorithm.needs_reward:
-            return need
+            return {}
         a: Any = s.algorithm
         shape = shape_for(a.batch_size, a.group_size, _max_length(s.dataset), a.max_new_tokens, s.sampling.slots)
         kinds = {"weights": _float(s.sampling.weights), "cache_dtype": _float(s.sampling.cache_dtype)}
-        return dataclasses.replace(need, generation=generation_of(setup, shape, **kinds))
+        return generation_of(setup, shape, **kinds)
+
+    def _tell_of_generation(self, s: Settings, setup: Setup, need: Need) -> None:
+        """What helps where generation does not fit, which no microbatch changes."""
+        narrow = dataclasses.replace(s, sampling=dataclasses.replace(s.sampling, weights="int8"))
+        peak = dataclasses.replace(need, generation=self._generation(narrow, setup)).generation_peak
+        narrower = f"sampling.weights=int8 brings its peak to {peak / 1e9:.2f} GB; "
+        log.info(
+            "generation does not fit, whatever the microbatch: %sfewer sampling.slots take fewer keys and values",
+            narrower if s.sampling.weights != "int8" else "",
+        )
 
     def _logits(self, s: Settings, setup: Setup, n_tokens: int) -> int:
         return logits_bytes(setup, n_tokens // s.hardware.n_row_shards)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.algorithms.base import Runtime
-from rlhf.algorithms.rollouts import Online, Rollouts, roll_out
+from rlhf.algorithms.rollouts import Online, Rollouts, number_or_none, roll_out
 from rlhf.algorithms.saved_rollouts import save_rollouts
 from rlhf.build import Experiment
 from rlhf.config import config, require_range
@@ -33,8 +33,7 @@ class Rollout:
 
     def __post_init__(self):
         require_range(self, "step", at_least=0)
-        for name in ("n_shown", "width"):
-            require_range(self, name, at_least=1)
+        require_range(self, "n_shown", "width", at_least=1)
 
     def __call__(self, experiment: Experiment) -> dict[str, Any]:
         """
@@ -81,8 +80,8 @@ def _texts(rollouts: Rollouts) -> list[dict[str, Any]]:
             "reference": answer.reference,
             "finish_reason": rollouts.finish_reasons[place],
             "n_tokens": int(rollouts.n_tokens[place]),
-            "reward": float(rollouts.rewards[place]),
-            "rewards": {n: float(v[place]) if np.isfinite(v[place]) else None for n, v in rollouts.parts.items()},
+            "reward": number_or_none(rollouts.rewards[place] if rollouts.is_valid[place] else np.nan),
+            "rewards": {name: number_or_none(values[place]) for name, values in rollouts.parts.items()},
             "is_valid": bool(rollouts.is_valid[place]),
         }
         for place, answer in enumerate(rollouts.answers)

@@ -36,4 +36,5 @@ class Drawn:
         log.info("parameters: %s", self.label)
         drawn = Gemma3(architecture).initialise_components(self.seed, dtype)
         tree = jax.device_put(drawn, may_alias=False) if mesh is None else place(drawn, mesh)
+        jax.block_until_ready(tree)  # else the host's arrays would live on beside what is made next
         return finish_all(tree, finish)

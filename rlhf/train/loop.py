@@ -25,6 +25,7 @@ from rlhf.train.best import Best
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_held_out, read_metrics
 from rlhf.train.minibatches import joined, minibatches
+from rlhf.train.processor import in_between
 from rlhf.train.settings import TrainerSettings
 from rlhf.train.signals import StopSignals
 from rlhf.train.update import eager_measure, eager_update, initial_state, measure, measure_all, update
@@ -53,6 +54,7 @@ class Job:
     record: what a checkpoint says about the run besides its arrays (config, versions); must be JSON.
     evaluate(params, is_start), sample(params, step): optional; metrics and rows for the log. is_start: the parameters
         are those that the run began with.
+    first_look(make): the held-out metrics before the first step, from `make` unless another run has begun alike.
     is_noisy: the loss draws random numbers (dropout): the component `noise` has one for each row of a step.
     forbid_recompile: compiling in a part of the run that was done before is an error, not a warning.
     """
@@ -71,6 +73,7 @@ class Job:
     mesh: Any = None
     evaluate: Callable[[dict, bool], dict[str, float]] | None = None
     sample: Callable[[dict, int], list[dict]] | None = None
+    first_look: Callable[[Callable[[], dict]], dict] = lambda make: make()
     resume: bool = False
     is_noisy: bool = False
     forbid_recompile: bool = False
@@ -162,6 +165,8 @@ class Trainer:
                 is_last, is_stopped = done == self.n_steps, signals.received is not None
                 if is_last or is_stopped or self._pauses_after(done):
                     last, pending = self._pause(pending, is_last, is_stopped), None
+                elif step == self.start:  # at once: one waits for the first row, not for speed
+                    last, pending = self._finish(pending) or last, None
                 if is_stopped and not is_last:
                     signals.leave(f"stopped after step {done}, checkpoint written; go on with resume={job.folder}")
         return first or self._stored(0), last or self._stored(self.n_steps)
@@ -183,7 +188,7 @@ class Trainer:
     def _first_look(self) -> dict[str, float]:
         """Held-out metrics and samples of the model as it comes, as row 0."""
         with self.watch.part("an evaluation"):
-            metrics = self._held_out_metrics(is_start=True)
+            metrics = self.job.first_look(lambda: self._held_out_metrics(is_start=True))
         if metrics:
             self.writer.write(0, metrics, {})
             log.info("step 0/%d  %s", self.n_steps, format_held_out(metrics))
@@ -199,7 +204,8 @@ class Trainer:
         batch = job.batches[step]
         rows = batch["row"]
         job.runtime.step = step
-        batch = algorithm.prepare(job.runtime, self.params, batch, key)
+        with in_between(algorithm.needs_reward):
+            batch = algorithm.prepare(job.runtime, self.params, batch, key)
         told, updating = job.runtime.log.take(), time.perf_counter()
         n_updates = jnp.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
         metrics = []
@@ -309,6 +315,7 @@ class Trainer:
             raise TrainingError(f"{message}. trainer.on_nonfinite=skip leaves such updates out and counts them")
         log.warning("%s; the update was skipped", message)
 
+    @in_between()
     def _held_out_metrics(self, is_start: bool = False) -> dict[str, float]:
         """The algorithm's loss and metrics on held-out rows, and what else the job evaluates, as `val/…`."""
         job, metrics = self.job, {}

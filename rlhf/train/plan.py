@@ -148,7 +148,7 @@ def generation_of(setup: Setup, shape: Shape, weights: Any, cache_dtype: str | N
     model = {**setup.frozen, **setup.trainable}["model"]
     layers = jax.eval_shape(decoding.layers_of, model)
     embedding = model["embedding"]
-    is_copied = embedding.dtype != jnp.dtype(decoding.model.compute_dtype)
+    is_copied = embedding.dtype != jnp.dtype(stand_in(decoding.model.compute_dtype))
     copy = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
     copy += is_copied * embedding.size * jnp.dtype(decoding.model.compute_dtype).itemsize
     cache = kept_bytes(Setting(decoding.model, cache_dtype or decoding.model.compute_dtype, None), shape)

@@ -257,19 +257,17 @@ def test_a_batch_with_nothing_to_learn_from_is_told_at_once_and_then_rarely(capl
         rt.step = step
         prepared(grpo(), rt)
     told = [record.getMessage() for record in caplog.records]
-    assert [message.split(":")[0] for message in told] == [
-        "step 1",
-        "step 2, and in the batch before it",
-        "step 4, and in the 3 batches before it",
-        "step 8, and in the 7 batches before it",
-    ]
+    assert [message.split(":")[0] for message in told] == ["step 1", "step 2", "step 4", "step 8"]
+    assert told[-1].endswith("(8 such batches so far)")
     caplog.clear()
     sure = {"model": jnp.array([50.0, 0, 0, 0])}
     prepared(grpo(), runtime(by_text), sure)
     assert "all 4 answers to each prompt are the same" in caplog.text
     caplog.clear()
-    prepared(grpo(), runtime(lambda answer: None))
+    rt = runtime(lambda answer: None)
+    prepared(grpo(), rt)
     assert "the reward could not judge any of the 16 answers" in caplog.text
+    assert [(row["reward"], *row["rewards"].values()) for row in rt.log.rollouts] == [(None, None)] * 16
 
 
 @pytest.mark.parametrize(

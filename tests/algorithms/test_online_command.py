@@ -16,8 +16,8 @@ def rows_of(path):
 
 ALGORITHMS = {
     "grpo": ("algorithm=grpo",),
-    "grpo_lora": ("algorithm=grpo", "model.lora.rank=2"),
-    "ppo": ("algorithm=ppo", "algorithm.epochs=2", "algorithm.critic.learning_rate=0"),
+    "grpo_lora": ("algorithm=grpo", "model.lora.rank=2", "algorithm.entropy_bonus=0.01"),
+    "ppo": ("algorithm=ppo", "algorithm.epochs=2", "algorithm.critic.learning_rate=0", "algorithm.entropy_bonus=0.01"),
 }
 
 
@@ -31,6 +31,7 @@ def test_with_learning_rate_0_nothing_moves(chosen, command, small, tmp_path):
     assert done.code == 0, done.output
     assert "4 prompts a step × 4 samples = 16 sequences = " in done.output
     assert "2 minibatches × 2 microbatches of 4" in done.output
+    assert f"reference: {'on the policy' if 'model.lora.rank=2' in chosen else 'a copy of the weights'}" in done.output
     rows = rows_of(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf.data.arithmetic import Arithmetic
+from rlhf.data.arithmetic import Arithmetic, preferences
 from rlhf.data.batches import Batches, Order, collate, eval_batches
 from rlhf.data.describe import describe_batch
 from rlhf.errors import ConfigError
@@ -180,7 +180,7 @@ def test_a_batch_described():
     examples = load("preference")
     batch = collate(examples, [4])
     text = describe_batch(batch, TOKENIZER, 1)
-    question = examples.sources[4].fields["prompt"]
+    question = preferences("train", 50)[4]["prompt"]
     assert f"<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n" in text
     assert "--- row 4 of the dataset, chosen ---" in text
     assert "--- row 4 of the dataset, rejected ---" in text

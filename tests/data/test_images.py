@@ -67,6 +67,8 @@ def test_alpha_is_left_out():
     clear = Image.new("RGBA", (10, 10), (*RED, 0))
     assert (pixels(stored(clear)) == RED).all()
     assert (pixels(stored(Image.new("LA", (10, 10), (90, 0)))) == 90).all()
+    palette = Image.new("RGB", (10, 10), RED).quantize(2)
+    assert (pixels(stored(palette, transparency=bytes(range(2)))) == RED).all()
 
 
 def test_16_bits_are_scaled_and_not_clipped():

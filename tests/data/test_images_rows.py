@@ -197,7 +197,7 @@ def test_parquet_columns_are_read_cell_by_cell(folder):
         data = Table(rows=Questions(answer="answer"), path=str(folder / f"{name}.parquet"), max_length=64)
         examples = load(data, "conversation")
         assert [shown(examples, row) if examples.pictures[row] else [] for row in range(3)] == expected[name]
-        assert b"PNG" not in str(examples.sources[0].fields).encode()  # the row holds no pixels
+        assert b"PNG" not in str(load(data, "prompt").prompts[0].fields).encode()  # the row holds no pixels
 
 
 def test_truncation_goes_around_images(folder):

@@ -56,7 +56,7 @@ def test_model_gives_the_same_numbers_and_gradients(form):
     batch = collate(examples, range(6))
     separate = {name: x for name, x in batch.items() if not name.startswith("joint_") and name != "scored"}
     all_scored = {name: x for name, x in batch.items() if name != "scored"}
-    model = Gemma3(Architecture(tokenizer.n_vocab, 32, 48, 6, 2, 1, 16, 0.25, 24), **form)
+    model = Gemma3(Architecture(tokenizer.n_vocab, 32, 48, 2, 2, 1, 16, 0.25, 24, pattern=2), **form)
     params = {"model": jax.device_put(model.initialise(0), may_alias=False)}
     weight = jnp.asarray(np.random.default_rng(0).normal(size=batch["tokens"].shape) * batch["is_answer"], jnp.float32)
 

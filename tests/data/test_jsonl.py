@@ -55,7 +55,7 @@ def test_a_truncated_last_line(tmp_path):
     line, problem = only_problem(write(tmp_path, '{"a": 1}\n{"a": "tw'))
     assert line == 2
     assert problem == (
-        "no JSON: Unterminated string starting at at character 7; the line has no line end: the file may be cut off"
+        "no JSON: Unterminated string starting at character 7; the line has no line end: the file may be cut off"
     )
 
 

@@ -44,8 +44,8 @@ def test_a_run_resumes_bit_for_bit_and_its_checkpoints_hold_the_adapter_alone(co
     words = [*words, *LORA, "model.lora.dropout=0.2", "trainer.max_steps=4", "trainer.checkpoint_every=2"]
     output = succeeds(command(*words, "hydra.run.dir=whole"))
     assert "adapter: new, rank 2, scale 8, on q v" in output
-    # width 32, queries 32, values 16, rank 2, six layers
-    assert f"{(32 + 32 + 32 + 16) * 2 * 6:,} trained (1.66%)" in output
+    # width 32, queries 32, values 16, rank 2, two layers
+    assert f"{(32 + 32 + 32 + 16) * 2 * 2:,} trained (0.92%)" in output
     expected = arrays(tmp_path / "whole", 4)
     named = {name.partition("/")[0] for name in expected}
     parts = {f"adapter.layers.{projection}.{which}" for projection in "qv" for which in "ab"}
@@ -92,7 +92,7 @@ def test_preference_training_goes_on_with_an_adapter_and_other_runs_merge_it(com
 
     output = succeeds(command(*words, "model.checkpoint=sft", "hydra.run.dir=all"))
     assert f"the adapter of {tmp_path / 'sft'} is merged into its base" in output
-    assert "79,840 trained (100%)" in output
+    assert "48,480 trained (100%)" in output
     assert metrics(tmp_path / "all")[0]["val/loss"] == pytest.approx(last, abs=1e-5)
 
     output = succeeds(command(*words, "model.checkpoint=dpo", "model.lora.rank=4", "hydra.run.dir=four"))

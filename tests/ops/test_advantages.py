@@ -86,7 +86,7 @@ def test_rewards_of_long_and_cut_answers():
     assert MaskTruncated().is_kept(is_cut).tolist() == [True, True, True, True, False]
     assert KeepTruncated().is_kept(is_cut).all()
     with pytest.raises(ConfigError, match=r"truncation.buffer=40 must be at most algorithm.max_new_tokens=32"):
-        SoftOverlong(buffer=40).shaped(rewards, n_tokens, is_cut, 32)
+        SoftOverlong(buffer=40).require_fits(32)
 
 
 def test_the_tokens_of_highest_entropy():

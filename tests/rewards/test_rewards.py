@@ -122,7 +122,9 @@ def test_a_random_reward_is_a_function_of_step_and_rows():
     assert first.count(3.0) / 400 == pytest.approx(0.25, abs=0.08)
 
 
-@pytest.mark.parametrize("text", ["#" * 10**6, "#### " + " " * 10**6, "#### " + "1" * 10**6, "<a>" * 300_000])
+@pytest.mark.parametrize(
+    "text", ["#" * 10**6, "#### " + " " * 10**6, "#### " + "1" * 10**6, "<a>" * 300_000, "ab " * 300_000]
+)
 def test_a_megabyte_takes_no_time(text):
     started = time.perf_counter()
     found = [reward([answered(text)], 0) for reward in (GSM8K(window=10**7), Format(), Repetition())]

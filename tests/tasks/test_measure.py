@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 WORDS = (
-    "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16", "model.layers=6",
-    "dataset.n_train=48", "dataset.n_eval=16", "evaluation.rows=6", "evaluation.max_new_tokens=4",
+    "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.head_width=16", "model.layers=2",
+    "model.pattern=2", "dataset.n_train=48", "dataset.n_eval=16", "evaluation.rows=6", "evaluation.max_new_tokens=4",
     "trainer.eval_rows=0",
 )  # fmt: skip
 ONLINE = (
@@ -111,7 +111,7 @@ def test_a_batch_of_rollouts_is_shown_and_kept(command):
 
 def test_prompts_with_pictures(command):
     """They are answered, measured and rolled out like others."""
-    words = (*WORDS[:6], "model=tiny_vision", "dataset=colours", "dataset.n_train=4", "dataset.n_eval=2")
+    words = (*WORDS[:7], "model=tiny_vision", "dataset=colours", "dataset.n_train=4", "dataset.n_eval=2")
     done = command("task=evaluate", *words, "evaluation.max_new_tokens=2", "trainer.eval_rows=0", "hydra.run.dir=run")
     assert done.code == 0, done.output
     rows = rows_of(Path("run/rows.jsonl"))

@@ -97,6 +97,19 @@ def test_a_kernel_of_another_device_is_planned_as_what_runs_everywhere(kind, cap
     assert f"hardware.attention={kind} runs on its own devices only: attention is planned as xla" in caplog.text
 
 
+def test_generation_that_does_not_fit_is_told_of(caplog):
+    """With int8 its weights are half as large; an embedding that is in the type of generation is not copied."""
+    caplog.set_level("INFO")
+    words = ("algorithm=grpo", "reward=length", "hardware.param_dtype=bfloat16", "hardware.compute_dtype=bfloat16")
+    s = composed(*words, "dataset.max_length=32")
+    setup = plan.Plan().setup(s, None)
+    plain = plan.Plan()._generation(s, setup)["decoding weights"]
+    narrow = composed(*words, "dataset.max_length=32", "sampling.weights=int8")
+    assert 0.5 * plain < plan.Plan()._generation(narrow, setup)["decoding weights"] < 0.55 * plain
+    plan.Plan()._tell_of_generation(s, setup, Need({"weights": 10**10}, 0, 0))
+    assert "whatever the microbatch: sampling.weights=int8 brings its peak to 10." in caplog.text
+
+
 def test_parameters_on_a_mesh_are_divided():
     words = ("dataset.max_length=32", "algorithm.batch_size=8", "algorithm.microbatch_size=8")
     whole = need_of(plan.Plan().setup(composed(*words), None))

@@ -7,9 +7,10 @@ import sys
 import pytest
 from PIL import Image
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.sampling.methods import Beam
 from rlhf.tasks.chat import Chat
+from rlhf.tasks.generate import Generate
 
 SEEING = (
     "model=tiny_vision", "model.width=32", "model.ff_width=48", "model.heads=2", "model.kv_heads=1", "model.layers=2",
@@ -51,6 +52,22 @@ def test_prompts_with_pictures(command, pictures):
     blind = command("task=generate", *READING, "prompts=asked.jsonl", "hydra.run.dir=blind")
     assert blind.code == 1
     assert "asked.jsonl:1: the row has an image and model.vision is null" in blind.output
+
+
+def test_questions_of_a_text_file(tmp_path):
+    path = tmp_path / "asked.txt"
+    path.write_bytes("\ufeffFirst\u2028still first\x0b\r\n \r\nLast".encode())
+    asked = [[turn.content for turn in turns] for turns in Generate(prompts=str(path))._conversations(None)]
+    assert asked == [["First\u2028still first\x0b"], ["Last"]]
+    path.write_bytes(b"First\n\nSec\xffond\n")
+    with pytest.raises(DataError, match=r"asked.txt:3: byte 4 of the line is no UTF-8"):
+        Generate(prompts=str(path))._conversations(None)
+
+
+def test_several_answers_need_a_method_that_draws(command):
+    done = command("task=generate", *READING, "prompts=[Why?]", "task.n=3")
+    assert done.code == 1
+    assert "task.n=3 needs a method that draws, such as evaluation.method=standard" in done.output
 
 
 def test_pictures_are_evaluated_on(command, tmp_path):

@@ -143,7 +143,7 @@ class Pair:
     def __init__(self, place: Path, folder: Path, *words: str):
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RLHF_")},
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
             "JAX_PLATFORMS": "cpu", "RLHF_COORDINATOR": f"127.0.0.1:{free_port()}", "RLHF_PROCESSES": "2",
         }  # fmt: skip
         command = [sys.executable, "-m", "rlhf", "hardware=multihost", *QUICK, f"hydra.run.dir={folder}", *words]

@@ -1,6 +1,7 @@
 """What a local path holds: an Orbax directory, safetensors, or a folder with one of them and a tokenizer."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 from rlhf.errors import CheckpointError
@@ -17,6 +18,7 @@ _OTHERS = {
     ".msgpack": "Flax's msgpack",
 }
 _TOKENIZER = "tokenizer.model"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,9 @@ def find(path: Path) -> Found:
     files = _weights(path)
     candidates = inside + files
     if len(candidates) > 1:
-        names = ", ".join(one.name for one in candidates)
+        names = ", ".join(one.name for one in candidates[:3]) + (" …" if len(candidates) > 3 else "")
+        if all(_SHARD.search(one.name) for one in candidates):
+            raise CheckpointError(f"{path} holds shards ({names}) without their index, {safetensors.INDEX}")
         raise CheckpointError(f"{path} holds several checkpoints: {names}; name one of them")
     if not candidates:
         raise CheckpointError(f"no checkpoint in {path}{_other(sorted(path.iterdir()))}; it may be {FORMS}")

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import CheckpointError
+from rlhf.errors import CheckpointError, ConfigError
 from rlhf.model.checkpoints.matching import PADDING_ROWS
 from rlhf.model.gemma3 import Architecture
 from rlhf.model.vision import Vision
@@ -137,17 +137,36 @@ def _vision_differences(config: dict[str, Any], a: Architecture) -> list[str]:
     return [f"vision {line}" for line in _differences(theirs, ours)] + _differences(config, tokens)
 
 
+def require_expressible(a: Architecture) -> None:
+    """Raises ConfigError where transformers 5.23.0 has no words for the architecture."""
+    scalar = a.query_scale**-2
+    if not math.isclose(scalar, round(scalar), rel_tol=_REL):
+        raise ConfigError(
+            f"format=hf: query_pre_attn_scalar is a whole number in transformers, and model.query_scale="
+            f"{a.query_scale:g} would need {scalar:.6g}; format=orbax has no such limit"
+        )
+    if a.width % a.heads:
+        raise ConfigError(
+            f"format=hf: transformers takes no model.width={a.width} that is no multiple of model.heads={a.heads}; "
+            "format=orbax does"
+        )
+
+
 def text_config(a: Architecture, n_rows: int, dtype: str) -> dict[str, Any]:
-    """The text model's part, in the newer form. n_rows: of the embedding in the file."""
+    """The text model's part, in the newer form. n_rows: of the embedding in the file.
+
+    Raises:
+        ConfigError: as `require_expressible`.
+    """
+    require_expressible(a)
     everywhere: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rope_base_global}
     if a.rope_scale != 1:
         everywhere |= {"rope_type": "linear", "factor": a.rope_scale}
-    scalar = a.query_scale**-2
     return {
         "model_type": "gemma3_text",
         "vocab_size": n_rows,
         **{theirs: getattr(a, name) for theirs, name in _TEXT.items()},
-        "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar), rel_tol=_REL) else scalar,
+        "query_pre_attn_scalar": round(a.query_scale**-2),
         "sliding_window_pattern": a.pattern,
         "layer_types": ["full_attention" if one else "sliding_attention" for one in a.is_global()],
         "rope_parameters": {

@@ -125,7 +125,12 @@ def _refused(error: Exception, status: int | None, handle: HubHandle) -> str:
         return f"the Hub has no such repository; see {page}" + ("" if get_token() else f"; if it is private, {log_in}")
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {handle.revision!r}; see {page}/tree/main"
-    meanings = {401: log_in, 403: log_in, 429: "too many requests from here: wait some minutes and try again"}
+    meanings = {
+        401: log_in,
+        403: log_in,
+        404: f"there is no such repository or revision; see {page}",
+        429: "too many requests from here: wait some minutes and try again",
+    }
     return f"the Hub refuses ({status}): {meanings.get(status or 0, 'try again later')}"
 
 

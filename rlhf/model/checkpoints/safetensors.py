@@ -97,6 +97,8 @@ def _listed(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
     try:
         with file.open("rb") as stream:
             first = stream.read(8)
+            if len(first) < 8:
+                raise ValueError("it is empty or cut")
             if first == b"version ":
                 raise ValueError("it is a pointer of Git LFS; `git lfs pull` fetches the file itself")
             (n_header,) = struct.unpack("<Q", first)
@@ -108,9 +110,12 @@ def _listed(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
         listed = [(name, tuple(one["shape"]), _TYPES.get(one["dtype"], one["dtype"])) for name, one in header.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} ({size:,} bytes) is no whole safetensors file: {error}") from error
-    if 8 + n_header + end != size:
-        last = max(header, key=lambda name: header[name]["data_offsets"][1])
+    if 8 + n_header + end > size:
+        ends = {name: one["data_offsets"][1] for name, one in header.items()}
+        first_cut = min((name for name in ends if 8 + n_header + ends[name] > size), key=lambda name: ends[name])
         raise CheckpointError(
-            f"{file} has {size:,} bytes and should have {8 + n_header + end:,}: it is cut, {last} is not whole"
+            f"{file} has {size:,} bytes and should have {8 + n_header + end:,}: it is cut, {first_cut} is not whole"
         )
+    if 8 + n_header + end < size:
+        raise CheckpointError(f"{file} has {size:,} bytes and should have {8 + n_header + end:,}: it is damaged")
     return listed

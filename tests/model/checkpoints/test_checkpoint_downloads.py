@@ -183,6 +183,7 @@ def test_a_damaged_file_from_the_hub_is_found_and_fetched_again(hub_server, shar
         (401, {"X-Error-Code": "RepoNotFound"}, None, "no such repository; see"),
         (404, {"X-Error-Code": "RevisionNotFound"}, None, "no revision 'v2'; see"),
         (401, {}, None, "make a token at https://huggingface.co/settings/tokens"),
+        (404, {}, None, "refuses (404): there is no such repository or revision; see https://huggingface.co/"),
     ],
 )  # fmt: skip
 def test_hub_refuses(hub_server, monkeypatch, status, headers, token, told):

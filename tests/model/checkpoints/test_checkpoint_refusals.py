@@ -113,6 +113,13 @@ def test_cut_files(torch_form):
     file.write_bytes(whole[:-10])
     told = refusal(folder, a)
     assert f"{file} has {len(whole) - 10:,} bytes and should have {len(whole):,}: it is cut" in told
+    n_first = 8 + int.from_bytes(whole[:8], "little")  # the arrays begin here
+    file.write_bytes(whole[: n_first + 10])
+    assert "it is cut, model.embed_tokens.weight is not whole" in refusal(folder, a)
+    file.write_bytes(whole + b"more")
+    assert f"should have {len(whole):,}: it is damaged" in refusal(folder, a)
+    file.write_bytes(b"")
+    assert "(0 bytes) is no whole safetensors file: it is empty or cut" in refusal(folder, a)
     file.write_bytes(whole[:300])
     assert "is no whole safetensors file: its header should have" in refusal(folder, a)
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
@@ -157,6 +164,11 @@ def test_folders_without_one_checkpoint(shared, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(shared / "fixtures" / "orbax_tiny_text" / "flat", tmp_path / name)
     assert f"{tmp_path} holds several checkpoints: one, two; name one of them" in refusal(tmp_path, TEXT)
+    for name in ("one", "two"):
+        shutil.rmtree(tmp_path / name)
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (tmp_path / name).touch()
+    assert "without their index, model.safetensors.index.json" in refusal(tmp_path, TEXT)
     (tmp_path / "adapter_config.json").touch()
     assert "holds a LoRA adapter, not a model" in refusal(tmp_path, TEXT)
 
