@@ -14,9 +14,10 @@ def environment() -> dict[str, str]:
     return {**kept, **two_threads, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def interpreter_with(package: str, interpreters: list[str]) -> str | None:
-    """The first of the interpreters that has the package."""
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+def interpreter_with(packages: str, interpreters: list[str]) -> str | None:
+    """The first of the interpreters that has these packages, which stand apart by blanks."""
+    names = packages.split()
+    probe = f"import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, {names!r})))"
     return next((python for python in interpreters if subprocess.run([python, "-c", probe]).returncode == 0), None)
 
 

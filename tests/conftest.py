@@ -24,6 +24,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # (B,) - (B, 1) is an error, not a (B, B) array
+jax.devices()  # all eight, from now on: a plan that comes first would start JAX with as many as it needs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -40,7 +40,7 @@ def compare(words: list[str]) -> dict[str, float]:
 
     from rlhf.run import CONF
     from rlhf.sections import settings
-    from rlhf.tasks.plan import Plan
+    from rlhf.tasks.plan import PROCESS, Plan
     from rlhf.train.processor import prepare_processor
     from rlhf.train.update import initial_state, update
 
@@ -49,7 +49,8 @@ def compare(words: list[str]) -> dict[str, float]:
         cfg = compose("config", overrides=["hardware=cpu", "hardware.compilation_cache=null", *words])
     s = settings(cfg)
     setup = Plan().setup(s, None)
-    predicted = Plan().need(s, setup).update_peak
+    need = Plan().need(s, setup)
+    predicted = need.update_peak - need.parts[PROCESS]
 
     def ones(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tree)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 from contenders import absolute, begin, interpreter_with  # noqa: E402
 
 CASES = ("rollout", "group", "queue")
-PEERS = {"Tunix": ("tunix", "tunix_peer.py"), "transformers": ("transformers", "transformers_peer.py")}
+PEERS = {"Tunix": ("tunix", "tunix_peer.py"), "transformers": ("torch transformers", "transformers_peer.py")}
 
 
 def contenders(case: str, interpreters: list[str]) -> dict[str, list[str]]:
@@ -29,7 +29,7 @@ def contenders(case: str, interpreters: list[str]) -> dict[str, list[str]]:
     for name, (package, script) in PEERS.items() if case == "rollout" else ():
         python = interpreter_with(package, interpreters)
         if python is None:
-            print(f"{name}: skipped, no --peers-python has the package {package}", flush=True)
+            print(f"{name}: skipped, no --peers-python has {package}", flush=True)
         else:
             found[name] = [python, script, "float32"]
     return found

@@ -40,7 +40,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("transformers loop", "transformers", "transformers_peer.py", ("sft",)),
+    Peer("transformers loop", "torch transformers", "transformers_peer.py", ("sft",)),
     Peer("TRL", "trl", "trl_peer.py", ("sft", "dpo", "grpo")),
     Peer("Tunix", "tunix", "tunix_peer.py", ("sft", "dpo")),
 )
@@ -110,7 +110,7 @@ def contenders(method: str, n_steps: int, interpreters: list[str]) -> dict[str, 
     for peer in PEERS:
         python = interpreter_with(peer.package, interpreters)
         if method in peer.methods and python is None:
-            print(f"{peer.name}: skipped, no --peers-python has the package {peer.package}", flush=True)
+            print(f"{peer.name}: skipped, no --peers-python has {peer.package}", flush=True)
         elif method in peer.methods:
             found[peer.name] = [python, str(HERE / peer.script), method, str(n_steps)]
     return found

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 _PART = 1 << 20  # numbers that one thread draws at a time: large arrays are drawn by all processors
+_ALIGNMENT = 64  # bytes
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...], deviation: float, dtype: str) -> np.ndarray:
     """N(0, deviation²) from a generator of its own: other arrays may come and go without changing it."""
-    drawn = np.empty(math.prod(shape), jnp.dtype(dtype))
+    drawn = _aligned(math.prod(shape), jnp.dtype(dtype))
 
     def fill(number: int) -> None:
         part = drawn[number * _PART : (number + 1) * _PART]
@@ -31,3 +32,10 @@ def normal(seed: int, name: str, shape: tuple[int, ...], deviation: float, dtype
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(fill, range(n_parts)))
     return drawn.reshape(shape)
+
+
+def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """Memory that begins where JAX on a CPU wants it, so that `jax.device_put` need not copy it."""
+    memory = np.empty(size * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size * dtype.itemsize].view(dtype)

@@ -36,6 +36,7 @@ def test_a_plan_names_its_parts_and_writes_them_down(command, tmp_path, monkeypa
     n = Gemma3(composed("model=tiny").model.architecture()).n_parameters()
     assert found["trained weights bytes"] == 4 * n
     assert found["optimizer bytes"] == pytest.approx(8 * n, abs=16)
+    assert "Python and programs bytes" not in found  # beside a GPU they have memory of their own
     assert found["frozen weights bytes"] == found["reference bytes"] == 0
     assert found["limit_bytes"] == pytest.approx(24e9 * 0.92)
     assert found["fits"]
@@ -44,10 +45,11 @@ def test_a_plan_names_its_parts_and_writes_them_down(command, tmp_path, monkeypa
     assert "microbatch_size up to 4" in done.output
 
 
-def test_what_does_not_fit_is_said(command):
+def test_what_does_not_fit_is_said(command, tmp_path):
     words = ("task=plan", "model=tiny", "hardware.memory_gb=0.001", "dataset.max_length=64", "hydra.run.dir=run")
-    done = command(*words)
+    done = command(*words, "hardware=cpu")
     assert done.code == 0, done.output
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["Python and programs bytes"] == 5 * 10**8
     assert "does not fit" in done.output
     assert "no microbatch and no remat helps" in done.output
 
