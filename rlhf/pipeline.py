@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlhf import processes
 from rlhf.errors import ConfigError, UserError, nearest
+from rlhf.overrides import with_whole_values
 from rlhf.report.write import try_write_report
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,6 @@ def _located(stage: str, words: list[str], folder: Path, earlier: dict[str, Any]
 
 def _compose(name: str, words: list[str]) -> tuple[DictConfig, list[str]]:
     from rlhf import messages, sections
-    from rlhf.run import with_whole_values
 
     try:
         cfg = compose(HydraConfig.get().job.config_name, overrides=with_whole_values(words))

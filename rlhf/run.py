@@ -5,7 +5,6 @@ Nothing here imports jax before a run begins, so that `--help`, `--cfg` and tab 
 
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import messages, processes, sweep
 from rlhf.errors import UserError
+from rlhf.overrides import with_absolute_config_path, with_flags_first, with_whole_values
 from rlhf.report.write import try_write_report
+from rlhf.sweeper import composed_once
 
 log = logging.getLogger(__name__)
 
@@ -80,47 +81,16 @@ def main(cfg: DictConfig) -> None:
         sweep.record(job, folder, result=result)
 
 
-def _with_absolute_config_path(words: list[str]) -> list[str]:
-    """`-cp FOLDER` means a folder from where the command is typed; Hydra would look for it beside this file."""
-    found = list(words)
-    for place, word in enumerate(words):
-        option, _, folder = word.partition("=")
-        if option not in ("-cp", "--config-path"):
-            continue
-        if folder:
-            found[place] = f"{option}={os.path.abspath(folder)}"
-        elif place + 1 < len(words):
-            found[place + 1] = os.path.abspath(words[place + 1])
-    return found
-
-
-def _with_flags_first(words: list[str]) -> list[str]:
-    """`-m` may stand between settings, which Hydra's parser would take for the end of them."""
-    flags = [word for word in words if word in ("-m", "--multirun")]
-    return flags[:1] + [word for word in words if word not in flags]
-
-
-_WHOLE = re.compile(r"(\w+(\.\w+)+)=\{.*\b_target_\s*:.*", re.DOTALL)
-
-
-def with_whole_values(words: list[str]) -> list[str]:
-    """`KEY={_target_: …}` puts an object in the place of another, of which nothing stays; Hydra would merge the two."""
-    found: list[str] = []
-    for word in words:
-        whole = _WHOLE.fullmatch(word)
-        found += [f"{whole[1]}=null", word] if whole else [word]
-    return found
-
-
 def cli() -> None:
     """The console command: `main`, with every mistake of the user told in one message and no traceback."""
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
-    words = with_whole_values(_with_flags_first(_with_absolute_config_path(sys.argv[1:])))
+    words = with_whole_values(with_flags_first(with_absolute_config_path(sys.argv[1:])))
     sys.argv = [sys.argv[0], *words, *processes.quiet_words(processes.number_given(words))]
     sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
     try:
-        main()
+        with composed_once():
+            main()
     except Exception as error:
         message = messages.of_hydra(error)
         if message is None and error not in _failures:

@@ -8,6 +8,7 @@ import signal
 
 import jax
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from rlhf import build
 from rlhf.data.arithmetic import Arithmetic
@@ -151,9 +152,18 @@ def test_a_swept_run_equals_the_same_run_alone(command, words, tmp_path, monkeyp
         assert (swept / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
 
 
-def test_a_failing_run_does_not_stop_the_others(command, words, tmp_path):
-    done = command("-m", *words, "algorithm.learning_rate=1e-5,-1,1e-4", "hydra.sweep.dir=sweep")
+def test_a_failing_run_does_not_stop_the_others(command, words, tmp_path, monkeypatch):
+    compose, composed = ConfigLoaderImpl.load_sweep_config, []
+
+    def counting(self, master, overrides):
+        composed.append(overrides)
+        return compose(self, master, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counting)
+    other = "algorithm.optimizer={_target_: rlhf.ops.optimizers.RMSProp, decay: 0.8}"  # none of AdamW's keys is left
+    done = command("-m", *words, other, "algorithm.learning_rate=1e-5,-1,1e-4", "hydra.sweep.dir=sweep")
     assert done.code == 1
+    assert len(composed) == 3  # each job once
     rows = table(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
     reason = "algorithm.learning_rate=-1 of DPO must be at least 0"
