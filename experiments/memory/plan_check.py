@@ -21,7 +21,8 @@ CONFIGS = {
     "DPO": ("algorithm=dpo", "dataset.max_length=128"),
     "GRPO, LoRA": (
         *("algorithm=grpo", "reward=length", "model.lora.rank=8", "dataset.max_length=128"),
-        *("algorithm.batch_size=2", "algorithm.group_size=4", "algorithm.max_new_tokens=128"),
+        *("algorithm.batch_size=4", "algorithm.group_size=4", "algorithm.microbatch_size=16"),
+        "algorithm.max_new_tokens=128",
     ),
 }
 
