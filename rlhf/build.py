@@ -32,8 +32,8 @@ from rlhf.sections import settings
 from rlhf.train.adapters import AdapterRun, Beginning, begin
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.drawn import Drawn
+from rlhf.train.job import Job
 from rlhf.train.loaded import Loaded, load_model
-from rlhf.train.loop import Job
 from rlhf.train.sources import Source, locate
 
 log = logging.getLogger(__name__)

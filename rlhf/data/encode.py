@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Int32
 
 from rlhf.data import joint
 from rlhf.data.examples import PAIR, Conversation, Example, Form, Grade, Judged, Preference, Question, Scored, grade_of
+from rlhf.data.fingerprint import fingerprint_of
 from rlhf.data.images import Picture
 from rlhf.data.packing import pack
 from rlhf.data.truncate import shorten
@@ -277,7 +277,7 @@ def _assemble(
         pad=tokenizer.pad,
         n_dropped=n_long[0],
         n_truncated=n_long[1],
-        fingerprint=_fingerprint(form, rows, packs, is_desirable, grades, pictures),
+        fingerprint=fingerprint_of(form, rows, packs, is_desirable, grades, pictures),
     )
 
 
@@ -294,29 +294,6 @@ def _joint_time(rows: list[tuple[TokenRow, ...]], n_time: int) -> int | None:
 def both_sides(rows: tuple[TokenRow, ...]) -> joint.Pair:
     """The tokens of an example's two answers; a graded row with a single one has an empty second."""
     return rows[0].tokens, rows[1].tokens if len(rows) > 1 else rows[0].tokens[:0]
-
-
-def _fingerprint(
-    form: Form,
-    rows: list[tuple[TokenRow, ...]],
-    packs: list[tuple[int, ...]],
-    is_desirable: list[bool],
-    grades: list[Grade],
-    pictures: list[tuple[Picture, ...]],
-) -> str:
-    """sha256 over everything that reaches a batch."""
-    flat = [row for group in rows for row in group]
-    digest = hashlib.sha256(form.encode())
-    digest.update(np.array([len(row.tokens) for row in flat], np.int64).tobytes())
-    for row in flat:
-        digest.update(np.ascontiguousarray(row.tokens).data)
-    digest.update(np.packbits(np.concatenate([row.is_answer for row in flat])).tobytes())
-    digest.update(np.array([index for group in packs for index in (*group, -1)], np.int64).tobytes())
-    digest.update(np.array(is_desirable, bool).tobytes())
-    digest.update(np.array(grades, np.float64).tobytes())
-    for index, shown in enumerate(pictures):
-        digest.update("".join(f"{index} {picture.key}\n" for picture in shown).encode())
-    return digest.hexdigest()
 
 
 def _too_long(place: str, n_tokens: int, max_length: int) -> str:

@@ -75,12 +75,16 @@ def _line_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Row | DataError]]:
 
 
 def _parse_line(line: bytes) -> Row:
+    value = _decode(_DECODER.decode, text_of(line))
+    return _checked(value, line)
+
+
+def text_of(line: bytes) -> str:
+    """Raises DataError where a line is no UTF-8."""
     try:
-        text = line.decode()
+        return line.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"byte {error.start + 1} of the line is no UTF-8 (0x{line[error.start]:02x})") from None
-    value = _decode(_DECODER.decode, text)
-    return _checked(value, line)
 
 
 def _list_rows(path: Path, data: bytes) -> Iterator[tuple[int, Row | DataError]]:

@@ -55,9 +55,14 @@ class Evaluation:
             require_range(self, name, at_least=1)
         if not self.marker.strip():
             raise ConfigError("marker of Evaluation must not be blank")
-        if self.passes > 1 and not self.draws:
+        self.require_several(self.passes, f"passes={self.passes} of Evaluation")
+
+    def require_several(self, n: int, setting: str) -> None:
+        """Raises ConfigError where n answers to a prompt would be one and the same; setting: what asks for them."""
+        draws = isinstance(self.drawn_by, Sample) and self.drawn_by.temperature != 0
+        if n > 1 and not draws:
             raise ConfigError(
-                f"passes={self.passes} of Evaluation needs a method that draws, such as evaluation.method=standard: "
+                f"{setting} needs a method that draws, such as evaluation.method=standard: "
                 f"{method_name(self.drawn_by)} answers are the same every time"
             )
 
@@ -78,11 +83,6 @@ class Evaluation:
     def drawn_by(self) -> Method:
         """The method, also where it is given by name."""
         return PRESETS[self.method] if isinstance(self.method, str) else self.method
-
-    @property
-    def draws(self) -> bool:
-        """Whether several answers to a prompt can differ."""
-        return isinstance(self.drawn_by, Sample) and bool(self.drawn_by.temperature != 0)
 
     @property
     def reader(self) -> Extractor:

@@ -12,13 +12,12 @@ from rlhf.config import config, require_range
 from rlhf.data.encode import Prompt
 from rlhf.data.examples import Messages, check, prompt_of
 from rlhf.data.images import describe
-from rlhf.data.jsonl import read_json
+from rlhf.data.jsonl import read_json, text_of
 from rlhf.data.pictures import Viewing, images_of_row, with_pictures
 from rlhf.data.rows import Questions
 from rlhf.errors import ConfigError, DataError
 from rlhf.model.chat import ChatTemplate, Message
 from rlhf.model.vision import Vision
-from rlhf.sampling.presets import method_name
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +47,7 @@ class Generate:
                 can't be used.
         """
         settings = experiment.settings.evaluation
-        if self.n > 1 and not settings.draws:
-            raise ConfigError(
-                f"task.n={self.n} needs a method that draws, such as evaluation.method=standard: "
-                f"{method_name(settings.drawn_by)} answers are the same every time"
-            )
+        settings.require_several(self.n, f"task.n={self.n}")
         prompts, shown = self._prompts(experiment)
         sampler, parameters = experiment.sampler, experiment.parameters
         rollout = settings.answers(sampler, parameters, prompts, self.n)
@@ -111,9 +106,9 @@ def _lines(path: Path) -> list[str]:
     # at line ends only: bytes have no others, such as U+2028
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         try:
-            texts.append(line.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: byte {error.start + 1} of the line is no UTF-8") from None
+            texts.append(text_of(line))
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
     return [text for text in texts if text.strip()]
 
 

@@ -9,9 +9,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,60 +22,14 @@ from rlhf.model.sharding import place_rows, with_shardings
 from rlhf.train import guard
 from rlhf.train.best import Best
 from rlhf.train.checkpoint import Checkpoints
+from rlhf.train.job import Job
 from rlhf.train.metrics import MetricsWriter, Progress, SamplesWriter, format_held_out, read_metrics
 from rlhf.train.minibatches import joined, minibatches
 from rlhf.train.processor import in_between
-from rlhf.train.settings import TrainerSettings
 from rlhf.train.signals import StopSignals
 from rlhf.train.update import eager_measure, eager_update, initial_state, measure, measure_all, update
 
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """Training data by position: batch k of a run is the same whenever it is asked for."""
-
-    @property
-    def n_rows(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
-
-
-@dataclasses.dataclass
-class Job:
-    """Everything one training run works on.
-
-    trainable, frozen: components of the parameters; the update changes (and consumes) `trainable` only.
-    record: what a checkpoint says about the run besides its arrays (config, versions); must be JSON.
-    evaluate(params, is_start), sample(params, step): optional; metrics and rows for the log. is_start: the parameters
-        are those that the run began with.
-    first_look(make): the held-out metrics before the first step, from `make` unless another run has begun alike.
-    is_noisy: the loss draws random numbers (dropout): the component `noise` has one for each row of a step.
-    forbid_recompile: compiling in a part of the run that was done before is an error, not a warning.
-    """
-
-    folder: Path
-    model: Any
-    algorithm: Any
-    runtime: Any
-    trainable: dict[str, Any]
-    frozen: dict[str, Any]
-    batches: Batches
-    held_out: dict[str, np.ndarray] | None
-    settings: TrainerSettings
-    seed: int
-    record: dict[str, Any]
-    mesh: Any = None
-    evaluate: Callable[[dict, bool], dict[str, float]] | None = None
-    sample: Callable[[dict, int], list[dict]] | None = None
-    first_look: Callable[[Callable[[], dict]], dict] = lambda make: make()
-    resume: bool = False
-    is_noisy: bool = False
-    forbid_recompile: bool = False
 
 
 @dataclasses.dataclass

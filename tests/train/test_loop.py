@@ -16,7 +16,8 @@ from rlhf.errors import TrainingError
 from rlhf.model.gemma3 import Architecture, Gemma3
 from rlhf.model.sharding import make_mesh, place
 from rlhf.ops.optimizers import AdamW, Constant, Linear
-from rlhf.train.loop import Job, Trainer
+from rlhf.train.job import Job
+from rlhf.train.loop import Trainer
 from rlhf.train.settings import TrainerSettings
 
 
