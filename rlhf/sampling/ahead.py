@@ -19,6 +19,7 @@ from rlhf.sampling.programs import Setting
 from rlhf.sampling.rules import Rules
 from rlhf.sampling.schedule import prefill_chunk, stage_size
 from rlhf.sampling.shapes import Shape
+from rlhf.sampling.side_by_side import Parts
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +30,26 @@ _lock = threading.Lock()
 
 
 def compile_ahead(
-    setting: Setting, shape: Shape, weights: Tree, rules: Rules, key: Key[Array, ""], n_images: int = 0
+    setting: Setting, parts: Parts, weights: Tree, rules: Rules, key: Key[Array, ""], n_images: int = 0
 ) -> float:
-    """Compile what the shape needs, unless it is there already; the seconds it took, or 0.
+    """Compile what schedules of this shape need, unless it is there already; the seconds it took, or 0.
 
     Where another thread is compiling it, this one waits. n_images: of a prompt; with some, the programs of such prompts
     are compiled too.
     """
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         return 0.0
-    seconds = compile_ahead(setting, shape, weights, rules, key) if n_images else 0.0
+    seconds = compile_ahead(setting, parts, weights, rules, key) if n_images else 0.0
     mine: Future = Future()
     with _lock:
-        name = (setting, shape, n_images, _identity(weights))
+        name = (setting, parts.shape, n_images, _identity(weights))
         known = _known.setdefault(name, mine)
     if known is not mine:
         known.result()
         return seconds
     try:
-        mine.set_result(_compile(setting, shape, _lowerings(setting, shape, weights, rules, key, n_images), n_images))
+        lowerings = _lowerings(setting, parts.shape, weights, rules, key, n_images)
+        mine.set_result(_compile(setting, parts, lowerings, n_images))
     except BaseException as error:  # whoever waits gets it too; the next call tries again
         mine.set_exception(error)
         _known.pop(name)
@@ -78,10 +80,10 @@ def compile_together(lowerings: Sequence[Callable[[], Any]]) -> float:
     return time.perf_counter() - started
 
 
-def _compile(setting: Setting, shape: Shape, lowerings: list[Callable[[], Any]], n_images: int) -> float:
+def _compile(setting: Setting, parts: Parts, lowerings: list[Callable[[], Any]], n_images: int) -> float:
     seconds = compile_together(lowerings)
-    what = f"{shape}, prompts with {n_images} images" if n_images else str(shape)
-    size = kept_bytes(setting, shape) / 1e6
+    what = f"{parts}, prompts with {n_images} images" if n_images else str(parts)
+    size = parts.n * kept_bytes(setting, parts.shape) / 1e6
     log.info("generation for %s: compiled in %.1f s, %.1f MB of keys and values", what, seconds, size)
     return seconds
 

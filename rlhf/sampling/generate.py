@@ -22,6 +22,7 @@ from rlhf.sampling.programs import Setting
 from rlhf.sampling.rules import Rules
 from rlhf.sampling.schedule import Ended, PromptImages, Schedule, Task
 from rlhf.sampling.shapes import SLOTS, Shape, check_fits, shape_for
+from rlhf.sampling.side_by_side import parts_of, run_side_by_side
 from rlhf.sampling.weights import DecodingWeights
 
 WATCH_EVERY = 16  # tokens between two looks at the text, where something in it ends an answer
@@ -119,11 +120,11 @@ def generate(
     check_fits(shape, longest, most, n_alternatives)
     weights = DecodingWeights(model) if weights is None else weights
     setting, layers = setting_for(weights.model, params, cache_dtype), weights.of(params)
-    compile_ahead(setting, shape, layers, rules, key)
-    schedule = Schedule(setting, shape, layers, rules, key, tasks, watch)
-    ended = [one for some in schedule.run(None if watch is None else WATCH_EVERY) for one in some]
-    generation = _gathered(ended, most, wants_entropy, n_alternatives)
-    return dataclasses.replace(generation, utilisation=schedule.n_drawn / schedule.n_places)
+    parts = parts_of(setting, shape, layers)
+    compile_ahead(setting, parts, layers, rules, key)
+    begin = functools.partial(Schedule, setting, parts.shape, layers, rules, key, watch=watch)
+    ended, utilisation = run_side_by_side(parts, tasks, begin, None if watch is None else WATCH_EVERY)
+    return _gathered(ended, most, utilisation, wants_entropy, n_alternatives)
 
 
 def _tasks(
@@ -198,7 +199,9 @@ def _is_among(ids: frozenset[int], vocab: int) -> Bool[np.ndarray, "vocab"]:
     return is_among
 
 
-def _gathered(ended: Iterable[Ended], max_new_tokens: int, wants_entropy: bool, n_alternatives: int) -> Generation:
+def _gathered(
+    ended: Iterable[Ended], max_new_tokens: int, utilisation: float, wants_entropy: bool, n_alternatives: int
+) -> Generation:
     """Answers as arrays, in the order of their prompts and samples."""
     ordered = sorted(ended, key=lambda one: (one.task, one.sample))
     tokens = np.zeros((len(ordered), max_new_tokens), np.int32)
@@ -220,6 +223,7 @@ def _gathered(ended: Iterable[Ended], max_new_tokens: int, wants_entropy: bool, 
         likely=(ids, logprobs) if n_alternatives else None,
         n_tokens=np.array([len(one.tokens) for one in ordered], np.int32),
         finish_reasons=[one.reason for one in ordered],
+        utilisation=utilisation,
     )
 
 

@@ -24,6 +24,7 @@ from rlhf.sampling.methods import Beam, Method
 from rlhf.sampling.schedule import PromptImages
 from rlhf.sampling.settings import SamplingSettings
 from rlhf.sampling.shapes import Shape, Use, cheapest, planned, shape_for
+from rlhf.sampling.side_by_side import parts_of
 from rlhf.sampling.stops import first_stop, stop_watch
 from rlhf.sampling.weights import DecodingWeights
 
@@ -129,7 +130,7 @@ class Sampler:
         most = max((use.n_images for use in uses), default=0)
         images = [0] + [1 << power for power in range((most - 1).bit_length() + 1) if most]
         work = [
-            functools.partial(compile_ahead, setting, shape, layers, rules, self.key(0), n)
+            functools.partial(compile_ahead, setting, parts_of(setting, shape, layers), layers, rules, self.key(0), n)
             for shape in self.shapes
             for n in images
         ]

@@ -12,6 +12,7 @@ from test_generate import SMALL
 from rlhf.errors import TrainingError
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.tokenizer import Tokenizer
+from rlhf.sampling import side_by_side
 from rlhf.sampling.ahead import IN_BACKGROUND
 from rlhf.sampling.methods import Greedy, Sample
 from rlhf.sampling.sampler import Sampler
@@ -65,12 +66,13 @@ def settings(rng):
     }
 
 
-def test_nothing_compiles_after_warm_up(sampler, caplog):
+def test_nothing_compiles_after_warm_up(sampler, caplog, monkeypatch):
     generate, params = sampler
+    monkeypatch.setattr(side_by_side, "_cores", lambda: 2)
     with caplog.at_level(logging.INFO):
         generate.warm_up(params, Use(range(1, 33), n_prompts=4, n=4, max_new_tokens=16, slots=16))
     assert generate.shapes == [Shape(4, 4, 32, 16)]
-    assert "generation for 4 prompts × 4 answers, ≤ 32 + 16 tokens: compiled in" in caplog.text
+    assert "generation for 2 × 2 prompts × 4 answers, ≤ 32 + 16 tokens: compiled in" in caplog.text
     assert "MB of keys and values" in caplog.text
     rng = np.random.default_rng(0)
     with guard.record_compilations() as recording:
