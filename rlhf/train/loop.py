@@ -20,6 +20,7 @@ from rlhf import processes
 from rlhf.errors import TrainingError
 from rlhf.model.sharding import place_rows, with_shardings
 from rlhf.train import guard
+from rlhf.train.ahead import compiled_meanwhile, prepared_apart
 from rlhf.train.best import Best
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.job import Job
@@ -140,8 +141,13 @@ class Trainer:
 
     def _first_look(self) -> dict[str, float]:
         """Held-out metrics and samples of the model as it comes, as row 0."""
+
+        def look() -> dict[str, float]:
+            with self._update_compiling():
+                return self._held_out_metrics(is_start=True)
+
         with self.watch.part("an evaluation"):
-            metrics = self.job.first_look(lambda: self._held_out_metrics(is_start=True))
+            metrics = self.job.first_look(look)
         if metrics:
             self.writer.write(0, metrics, {})
             log.info("step 0/%d  %s", self.n_steps, format_held_out(metrics))
@@ -150,18 +156,39 @@ class Trainer:
             self._sample(0)
         return metrics
 
+    def _update_compiling(self) -> contextlib.AbstractContextManager:
+        """Meanwhile the update is compiled, if there is time for it and its batch needs no answers to be written."""
+        job, algorithm = self.job, self.algorithm
+        has_time = job.held_out is not None or job.evaluate is not None
+        if not has_time or algorithm.needs_reward or job.settings.eager or processes.is_several():
+            return contextlib.nullcontext()
+        key = self._key(0)
+        batch = self._prepared_apart(job.batches[0], key)
+        part = place_rows(next(minibatches(batch, algorithm, key, job.is_noisy)), job.mesh)
+        args = self.state, job.frozen, part, algorithm, self._n_updates()
+        return compiled_meanwhile(self.update, *args, model=job.model, mesh=job.mesh)
+
+    def _prepared_apart(self, batch: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+        runtime = self.job.runtime
+        return prepared_apart(runtime, lambda: self.algorithm.prepare(runtime, self.params, batch, key))
+
+    def _key(self, step: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.job.seed), step)
+
+    def _n_updates(self) -> jax.Array:
+        return jnp.int32(self.n_steps * self.algorithm.epochs * self.algorithm.minibatches)
+
     def _step(self, step: int) -> _Pending:
         job, algorithm = self.job, self.algorithm
         started = time.perf_counter()
-        key = jax.random.fold_in(jax.random.key(job.seed), step)
+        key = self._key(step)
         batch = job.batches[step]
         rows = batch["row"]
         job.runtime.step = step
         with in_between(algorithm.needs_reward):
             batch = algorithm.prepare(job.runtime, self.params, batch, key)
         told, updating = job.runtime.log.take(), time.perf_counter()
-        n_updates = jnp.int32(self.n_steps * algorithm.epochs * algorithm.minibatches)
-        metrics = []
+        n_updates, metrics = self._n_updates(), []
         for part in minibatches(batch, algorithm, key, job.is_noisy):
             part = place_rows(part, job.mesh)
             self.state, one = self.update(
@@ -273,11 +300,7 @@ class Trainer:
         """The algorithm's loss and metrics on held-out rows, and what else the job evaluates, as `val/…`."""
         job, metrics = self.job, {}
         if job.held_out is not None:
-            memory = dict(job.runtime.memory)  # held-out rows leave no trace in it, nor in the log
-            prepared = self.algorithm.prepare(job.runtime, self.params, job.held_out, jax.random.key(job.seed))
-            job.runtime.memory.clear()
-            job.runtime.memory.update(memory)
-            job.runtime.log.take()
+            prepared = self._prepared_apart(job.held_out, jax.random.key(job.seed))
             metrics = measure_all(self.params, prepared, self.algorithm, job.model, self.measure, job.mesh)
         if job.evaluate is not None:
             metrics |= job.evaluate(self.params, is_start)

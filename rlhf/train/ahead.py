@@ -1,0 +1,48 @@
+"""The program of the update, compiled while the run takes its first look at held-out rows."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from rlhf.sampling.ahead import IN_BACKGROUND
+
+_known: set[Any] = set()
+
+
+@contextlib.contextmanager
+def compiled_meanwhile(function: Any, *args: Any, **static: Any) -> Iterator[None]:
+    """Another thread compiles a jitted function for such arguments during the block; when it ends, that is done.
+
+    What was compiled so before is left alone. An error of the compiler is not told here: the first call has it too.
+    On a processor only: the compiler of a GPU times kernels to choose among them, and must be alone for that.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    name = (function, structure, tuple((x.shape, str(x.dtype)) for x in leaves), tuple(sorted(static.items(), key=str)))
+    if name in _known or jax.default_backend() != "cpu":
+        yield
+        return
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            function.lower(*args, **static).compile()
+            _known.add(name)
+
+    thread = threading.Thread(target=run, name=IN_BACKGROUND, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def prepared_apart(runtime: Any, prepare: Callable[[], Any]) -> Any:
+    """What `prepare` makes of rows that the run has not come to: it leaves no trace in its memory nor in its log."""
+    memory = dict(runtime.memory)
+    prepared = prepare()
+    runtime.memory.clear()
+    runtime.memory.update(memory)
+    runtime.log.take()
+    return prepared
