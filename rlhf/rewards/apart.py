@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf.config import config, require_range
 from rlhf.rewards.base import Answered, Failed, Judgements, OnError, Reward, Scorer
-from rlhf.rewards.pool import Call, Limits, Pool
+from rlhf.rewards.pool import Call, Function, Limits, Pool
 
 
 @config
@@ -36,8 +36,8 @@ class Apart(Reward):
         require_range(self, "answers_per_call", "workers", at_least=1)
 
     @abstractmethod
-    def target(self) -> tuple[str, str]:
-        """Import path of the function, and how messages name it."""
+    def target(self) -> tuple[Function, str]:
+        """The function, and how messages name it."""
 
     @abstractmethod
     def arguments(self, answers: Sequence[Answered], step: int) -> tuple:

@@ -6,6 +6,7 @@ from rlhf.config import config, require_range
 from rlhf.errors import DataError
 from rlhf.rewards.apart import Apart
 from rlhf.rewards.base import Answered, OnError
+from rlhf.rewards.pool import Function
 
 
 @config
@@ -31,7 +32,8 @@ class MathVerify(Apart):
         require_range(self, "window", at_least=1)
 
     def target(self):
-        return "rlhf.rewards.math_checks.verify_math", "reward.math_verify"
+        parameters = ("texts", "references", "scores")
+        return Function("rlhf.rewards.math_checks.verify_math", parameters), "reward.math_verify"
 
     def arguments(self, answers: Sequence[Answered], step: int):
         for answer in answers:

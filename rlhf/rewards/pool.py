@@ -40,6 +40,14 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Function:
+    """What is called. path: of its import. parameters: names of what it is called with, in order."""
+
+    path: str
+    parameters: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """One call of the function: its arguments, and how many scores it must return."""
 
@@ -50,7 +58,7 @@ class Call:
 class _Worker:
     """One process. busy: the place of the call it works on. deadline: when it is too late."""
 
-    def __init__(self, function: str, limits: Limits):
+    def __init__(self, function: Function, limits: Limits):
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps([os.path.abspath(place) for place in sys.path])],
             stdin=subprocess.PIPE,
@@ -67,7 +75,7 @@ class _Worker:
         self.busy: int | None = None
         self.outgoing, self.incoming = b"", b""
         memory = None if limits.memory_gb is None else int(limits.memory_gb * 1e9)
-        self.send({"function": function, "memory_bytes": memory})
+        self.send({**dataclasses.asdict(function), "memory_bytes": memory})
 
     def send(self, message: Any) -> None:
         body = pickle.dumps(message)
@@ -125,7 +133,7 @@ class Pool:
     what: how messages name the function.
     """
 
-    def __init__(self, function: str, what: str, limits: Limits, n_workers: int = 1):
+    def __init__(self, function: Function, what: str, limits: Limits, n_workers: int = 1):
         """
         Raises:
             ConfigError: the function can't be imported.

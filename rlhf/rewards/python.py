@@ -6,6 +6,7 @@ from typing import Any
 from rlhf.config import config
 from rlhf.rewards.apart import Apart
 from rlhf.rewards.base import Answered
+from rlhf.rewards.pool import Function
 
 
 @config
@@ -20,7 +21,8 @@ class Python(Apart):
     function: str
 
     def target(self):
-        return self.function, f"reward.python.function={self.function}"
+        parameters = ("prompts", "completions", "fields", "step")
+        return Function(self.function, parameters), f"reward.python.function={self.function}"
 
     def arguments(self, answers: Sequence[Answered], step: int):
         prompts, completions = [a.prompt for a in answers], [a.completion for a in answers]

@@ -7,6 +7,7 @@ from rlhf.config import config
 from rlhf.errors import ConfigError
 from rlhf.rewards.apart import Apart
 from rlhf.rewards.base import Answered, OnError
+from rlhf.rewards.pool import Function
 
 
 @config
@@ -33,7 +34,8 @@ class Regex(Apart):
             raise ConfigError(f"pattern={self.pattern!r} of Regex is no regular expression: {error}") from None
 
     def target(self):
-        return "rlhf.rewards.checks.search", "reward.regex"
+        parameters = ("texts", "pattern", "is_whole", "scores")
+        return Function("rlhf.rewards.checks.search", parameters), "reward.regex"
 
     def arguments(self, answers: Sequence[Answered], step: int):
         return [a.completion for a in answers], self.pattern, self.is_whole, (self.match, self.no_match)

@@ -5,11 +5,12 @@ bytes) and a pickle, from our own process. Out: one line of JSON each, never a p
 """
 
 import importlib
+import inspect
 import json
 import os
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf.rewards.numbers import as_score
@@ -30,7 +31,7 @@ def main() -> None:
             import resource  # not on every system
 
             resource.setrlimit(resource.RLIMIT_AS, (begin["memory_bytes"], begin["memory_bytes"]))
-        function = find(begin["function"])
+        function = find(begin["path"], begin["parameters"])
     except BaseException as error:
         _write(replies, {"error": told(error)})
         return
@@ -62,11 +63,12 @@ def _checked(value: Any) -> float | str:
     return f"its score {found}" if isinstance(found, str) else found
 
 
-def find(path: str) -> Callable:
+def find(path: str, parameters: Sequence[str]) -> Callable:
     """The callable at an import path, `package.module.function` or `package.module:function`.
 
     Raises:
-        ValueError: it is no such path, or what is there can't be called. ImportError: the module can't be imported.
+        ValueError: it is no such path, or what is there can't be called with such parameters, by position.
+        ImportError: the module can't be imported.
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     if not module:
@@ -74,6 +76,15 @@ def find(path: str) -> Callable:
     found = getattr(importlib.import_module(module), name, None)
     if not callable(found):
         raise ValueError(f"there is no function {name!r} in the module {module}")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # some that are not written in Python have none
+        return found
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        call = f"{name}({', '.join(parameters)})"
+        raise ValueError(f"it is called as {call}, and is written as {name}{signature}: {error}") from None
     return found
 
 

@@ -50,6 +50,9 @@ def short(prompts, completions, fields, step):
 def nothing(prompts, completions, fields, step):
     pass
 
+def of_another_library(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
 def texts(prompts, completions, fields, step):
     return ["good"] * len(completions)
 
@@ -134,6 +137,10 @@ def test_what_is_not_reached_in_time_has_failed(mine):
         ("mine.missing", "there is no function 'missing' in the module mine"),
         ("missing_module.f", "ModuleNotFoundError: No module named 'missing_module'"),
         ("f", "'f' is no import path of a function"),
+        (
+            "mine.of_another_library",
+            r"called as of_another_library\(prompts, completions, fields, step\), and",
+        ),
     ],
 )
 def test_a_function_that_is_not_there_is_told_before_the_first_step(mine, function, message):
