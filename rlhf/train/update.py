@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from rlhf.model.sharding import mesh_of, place_rows, put, shardings
+from rlhf.model.sharding import mesh_of, place_rows, put, shardings, whole
 from rlhf.train.guard import TraceCounter
 
 Tree = Any
@@ -132,6 +133,7 @@ def measure_all(
 ) -> dict[str, float]:
     """`measure` over a prepared set of any size, a microbatch at a time; every row weighs the same."""
     n_rows, size = len(batch["row"]), algorithm.rows_at_once(batch)
+    batch = jax.tree.map(np.asarray, whole(batch))  # slicing on a device would be a program of its own
     sums: dict[str, list[tuple[int, Any]]] = {}
     for start in range(0, n_rows, size):
         part = {name: x[start : start + size] if x.ndim else x for name, x in batch.items()}
