@@ -18,7 +18,7 @@ from rlhf.sampling.schedule import Ended, Schedule, Task
 from rlhf.sampling.shapes import Shape
 
 _CACHED = 2**25  # bytes of weights that stay in the last cache of a processor (docs/sampling.md has what was measured)
-_FEWEST_ROWS = 8  # of a schedule
+_FEWEST_ROWS = 16  # of a schedule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,9 +70,9 @@ def test_nothing_compiles_after_warm_up(sampler, caplog, monkeypatch):
     generate, params = sampler
     monkeypatch.setattr(side_by_side, "_cores", lambda: 2)
     with caplog.at_level(logging.INFO):
-        generate.warm_up(params, Use(range(1, 33), n_prompts=4, n=4, max_new_tokens=16, slots=16))
-    assert generate.shapes == [Shape(4, 4, 32, 16)]
-    assert "generation for 2 × 2 prompts × 4 answers, ≤ 32 + 16 tokens: compiled in" in caplog.text
+        generate.warm_up(params, Use(range(1, 33), n_prompts=4, n=8, max_new_tokens=16, slots=32))
+    assert generate.shapes == [Shape(4, 8, 32, 16)]
+    assert "generation for 2 × 2 prompts × 8 answers, ≤ 32 + 16 tokens: compiled in" in caplog.text
     assert "MB of keys and values" in caplog.text
     rng = np.random.default_rng(0)
     with guard.record_compilations() as recording:

@@ -13,7 +13,7 @@ from rlhf.sampling.programs import Setting
 from rlhf.sampling.shapes import Shape
 from rlhf.sampling.side_by_side import Parts, parts_of
 
-WIDE = Shape(entries=24, lanes=1, prompt_tokens=32, new_tokens=16)
+WIDE = Shape(entries=48, lanes=1, prompt_tokens=32, new_tokens=16)
 PROMPTS = prompts_of(np.random.default_rng(3).integers(1, 33, 31))
 
 
@@ -60,11 +60,11 @@ def test_a_call_is_divided_where_weights_are_small_and_rows_many(small, monkeypa
     setting = Setting(model, "float32", None)
     for cores, shape, expected in (
         (1, WIDE, Parts(1, WIDE)),
-        (2, WIDE, Parts(2, dataclasses.replace(WIDE, entries=12))),
-        (64, WIDE, Parts(3, dataclasses.replace(WIDE, entries=8))),  # no schedule has less than eight rows
-        (2, Shape(3, 8, 32, 16), Parts(2, Shape(2, 8, 32, 16))),
+        (2, WIDE, Parts(2, dataclasses.replace(WIDE, entries=24))),
+        (64, WIDE, Parts(3, dataclasses.replace(WIDE, entries=16))),  # no schedule has less than 16 rows
+        (2, Shape(5, 8, 32, 16), Parts(2, Shape(3, 8, 32, 16))),
         (2, Shape(1, 64, 32, 16), Parts(1, Shape(1, 64, 32, 16))),  # a prompt's answers stay together
-        (2, Shape(8, 1, 32, 16), Parts(1, Shape(8, 1, 32, 16))),
+        (2, Shape(24, 1, 32, 16), Parts(1, Shape(24, 1, 32, 16))),
     ):
         with_cores(monkeypatch, cores)
         assert parts_of(setting, shape, params) == expected
