@@ -7,6 +7,7 @@ into the processor's cache, as many threads as there are read them from memory, 
 
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,18 +58,30 @@ def run_side_by_side(
     Task i is of schedule i modulo their number: which it is depends on nothing else, and neither does its answer.
     make: a schedule for some of the tasks. every: see `Schedule.run`.
     """
+    is_over = threading.Event()  # one has failed, or the caller was interrupted
 
     def run(part: int) -> tuple[list[Ended], Schedule]:
-        schedule = make(tasks[part :: parts.n])
-        ended = [one for some in schedule.run(every) for one in some]
-        return [dataclasses.replace(one, task=part + one.task * parts.n) for one in ended], schedule
+        schedule, ended = make(tasks[part :: parts.n]), []
+        try:
+            for some in schedule.run(every):
+                ended += [dataclasses.replace(one, task=part + one.task * parts.n) for one in some]
+                if is_over.is_set():
+                    break
+        except BaseException:
+            is_over.set()
+            raise
+        return ended, schedule
 
     numbers = range(min(parts.n, len(tasks)))
     if len(numbers) == 1:
         done = [run(0)]
     else:
         with ThreadPoolExecutor(len(numbers), thread_name_prefix="rlhf-answers") as pool:
-            done = list(pool.map(run, numbers))
+            futures = [pool.submit(run, part) for part in numbers]
+            try:
+                done = [future.result() for future in futures]
+            finally:
+                is_over.set()
     schedules = [schedule for _, schedule in done]
     utilisation = sum(one.n_drawn for one in schedules) / sum(one.n_places for one in schedules)
     return [one for ended, _ in done for one in ended], utilisation

@@ -44,15 +44,20 @@ def test_answers_are_those_of_one_schedule(small, monkeypatch, settings):  # noq
         np.testing.assert_array_equal(alone.logprobs, three.logprobs[i * n : (i + 1) * n, :end])
 
 
-def test_an_error_in_one_schedule_is_told(small, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_one_schedule_is_told_and_ends_the_others(small, monkeypatch, error):  # noqa: F811
+    """The second of three fails at its first look; the others would go on for some 160 prompts each."""
     with_cores(monkeypatch, 3)
-    longest = max(PROMPTS, key=len)
+    seen = []
 
     def watch(ids):
-        raise ValueError(f"cannot read {len(ids)} tokens")
+        seen.append(len(ids))
+        if len(seen) == 20:
+            raise error("cannot read this")
 
-    with pytest.raises(ValueError, match="cannot read"):
-        run(small, [longest] * 5, shape=WIDE, watch=watch)
+    with pytest.raises(error, match="cannot read this"):
+        run(small, PROMPTS * 16, shape=WIDE, watch=watch)
+    assert 20 <= len(seen) < 496 / 2
 
 
 def test_a_call_is_divided_where_weights_are_small_and_rows_many(small, monkeypatch):  # noqa: F811
