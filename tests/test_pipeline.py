@@ -117,13 +117,12 @@ def test_resume_skips_what_is_finished_and_goes_on_with_what_is_not(command, wor
     from rlhf.algorithms.dpo import DPO
 
     assert command(*words, "hydra.run.dir=whole").code == 0
-    loss, calls = DPO.prepare, []
+    prepare = DPO.prepare
 
-    def fails_at_the_third(self, *arguments):
-        calls.append(0)
-        if len(calls) == 4:  # held-out rows, then two steps
+    def fails_at_the_third(self, runtime, *arguments):
+        if runtime.step == 2:
             raise OSError("the disk is gone")
-        return loss(self, *arguments)
+        return prepare(self, runtime, *arguments)
 
     every = "trainer.checkpoint_every=1"
     with monkeypatch.context() as patch:
@@ -151,13 +150,12 @@ def test_resume_skips_what_is_finished_and_goes_on_with_what_is_not(command, wor
 def test_a_stopped_pipeline_says_how_to_go_on(command, words, tmp_path, monkeypatch):
     from rlhf.algorithms.dpo import DPO
 
-    prepare, calls = DPO.prepare, []
+    prepare = DPO.prepare
 
-    def stops(self, *arguments):
-        calls.append(0)
-        if len(calls) == 3:  # held-out rows, then the second step
+    def stops(self, runtime, *arguments):
+        if runtime.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return prepare(self, *arguments)
+        return prepare(self, runtime, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(DPO, "prepare", stops)

@@ -205,13 +205,14 @@ def test_a_misspelt_key_ends_a_sweep_before_its_first_run(command, words, tmp_pa
 def test_a_stopped_sweep_goes_on(command, words, tmp_path, monkeypatch):
     from rlhf.algorithms.dpo import DPO
 
-    prepare, calls = DPO.prepare, []
+    prepare, runs = DPO.prepare, []
 
-    def stops(self, *arguments):
-        calls.append(0)
-        if len(calls) == 7:  # two sets of held-out rows and three steps, then the same for the second run
-            os.kill(os.getpid(), signal.SIGTERM)
-        return prepare(self, *arguments)
+    def stops(self, runtime, *arguments):
+        if not any(runtime is one for one in runs):
+            runs.append(runtime)
+            if len(runs) == 2:  # before its first step, which it does before it leaves
+                os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(self, runtime, *arguments)
 
     sweep = ["-m", *words, "algorithm.beta=0.1,0.3,0.5", "hydra.sweep.dir=sweep"]
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from typing import Any
 MODEL = ("model.vocab_size=16384", "model.width=512", "model.ff_width=2048", "model.layers=8", "model.head_width=128")
 CONFIGS = {
     "SFT": ("algorithm=sft", "dataset.max_length=256"),
-    "SFT, remat=block": ("algorithm=sft", "dataset.max_length=256", "hardware.remat=block"),
+    "SFT, remat=block": ("algorithm=sft", "dataset.max_length=512", "hardware.remat=block"),
     "SFT, microbatches": ("algorithm=sft", "dataset.max_length=256", "algorithm.microbatch_size=2"),
     "DPO": ("algorithm=dpo", "dataset.max_length=128"),
     "GRPO, LoRA": (

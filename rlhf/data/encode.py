@@ -23,7 +23,7 @@ from rlhf.model.vision import Vision
 log = logging.getLogger(__name__)
 
 TWO_SIDED: tuple[Form, ...] = ("preference", "graded")  # forms whose rows have a chosen and a rejected answer
-ROUND_TO = 32  # the time axis is a multiple of this, so that one shape serves a run
+ROUND_TO = 16  # the time axis is a multiple of this, so that one shape serves a run
 SCORED_SHARE = 0.9  # of a row: with more of it scored, choosing the tokens costs what it saves
 CHUNK = 8192  # examples whose ids are Python integers at the same time, each nine times the size of an array's
 

@@ -7,9 +7,16 @@ from typing import Any
 
 import jax
 
+from rlhf import processes
 from rlhf.sampling.ahead import IN_BACKGROUND
 
 _known: set[Any] = set()
+
+
+def is_possible() -> bool:
+    """On a CPU only: the compiler of a GPU times kernels to choose among them, and must be alone for that; and several
+    processes must compile in one order."""
+    return jax.default_backend() == "cpu" and not processes.is_several()
 
 
 @contextlib.contextmanager
@@ -17,11 +24,10 @@ def compiled_meanwhile(function: Any, *args: Any, **static: Any) -> Iterator[Non
     """Another thread compiles a jitted function for such arguments during the block; when it ends, that is done.
 
     What was compiled so before is left alone. An error of the compiler is not told here: the first call has it too.
-    On a processor only: the compiler of a GPU times kernels to choose among them, and must be alone for that.
     """
     leaves, structure = jax.tree.flatten(args)
     name = (function, structure, tuple((x.shape, str(x.dtype)) for x in leaves), tuple(sorted(static.items(), key=str)))
-    if name in _known or jax.default_backend() != "cpu":
+    if name in _known:
         yield
         return
 

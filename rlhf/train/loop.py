@@ -19,8 +19,7 @@ import numpy as np
 from rlhf import processes
 from rlhf.errors import TrainingError
 from rlhf.model.sharding import place_rows, with_shardings
-from rlhf.train import guard
-from rlhf.train.ahead import compiled_meanwhile, prepared_apart
+from rlhf.train import ahead, guard
 from rlhf.train.best import Best
 from rlhf.train.checkpoint import Checkpoints
 from rlhf.train.job import Job
@@ -160,17 +159,17 @@ class Trainer:
         """Meanwhile the update is compiled, if there is time for it and its batch needs no answers to be written."""
         job, algorithm = self.job, self.algorithm
         has_time = job.held_out is not None or job.evaluate is not None
-        if not has_time or algorithm.needs_reward or job.settings.eager or processes.is_several():
+        if not has_time or algorithm.needs_reward or job.settings.eager or not ahead.is_possible():
             return contextlib.nullcontext()
         key = self._key(0)
         batch = self._prepared_apart(job.batches[0], key)
         part = place_rows(next(minibatches(batch, algorithm, key, job.is_noisy)), job.mesh)
         args = self.state, job.frozen, part, algorithm, self._n_updates()
-        return compiled_meanwhile(self.update, *args, model=job.model, mesh=job.mesh)
+        return ahead.compiled_meanwhile(self.update, *args, model=job.model, mesh=job.mesh)
 
     def _prepared_apart(self, batch: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         runtime = self.job.runtime
-        return prepared_apart(runtime, lambda: self.algorithm.prepare(runtime, self.params, batch, key))
+        return ahead.prepared_apart(runtime, lambda: self.algorithm.prepare(runtime, self.params, batch, key))
 
     def _key(self, step: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.job.seed), step)

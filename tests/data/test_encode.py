@@ -75,8 +75,8 @@ def test_judged_answers_and_prompts():
 
 def test_the_time_axis_is_rounded_up():
     assert encoded(TWO, max_length=512).n_time == 32
-    assert encoded(Conversation(talk("q", "1" * 30)), max_length=512).n_time == 64
-    assert encoded(Conversation(talk("q", "1" * 30)), max_length=50).n_time == 50
+    assert encoded(Conversation(talk("q", "1" * 30)), max_length=512).n_time == 48
+    assert encoded(Conversation(talk("q", "1" * 30)), max_length=45).n_time == 45
 
 
 LONG = Conversation(talk("q", "7" * 100))

@@ -51,8 +51,8 @@ def test_every_token_has_its_place_and_its_predecessor(pair):
 def test_model_gives_the_same_numbers_and_gradients(form):
     tokenizer = Tokenizer()
     examples = Arithmetic(max_length=128, n_train=32).load("train", "preference", tokenizer)
-    assert examples.n_joint == 128
-    assert examples.n_time == 96
+    assert examples.n_joint == 112
+    assert examples.n_time == 80
     batch = collate(examples, range(6))
     separate = {name: x for name, x in batch.items() if not name.startswith("joint_") and name != "scored"}
     all_scored = {name: x for name, x in batch.items() if name != "scored"}
