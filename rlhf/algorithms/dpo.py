@@ -14,7 +14,7 @@ from rlhf.config import Number, config, require_range
 from rlhf.errors import ConfigError
 from rlhf.ops.divergence import Divergence, ReverseKL
 from rlhf.ops.pair_weights import PairWeighting, Unweighted
-from rlhf.ops.pooling import Mean, Pooling, Sum, count_tokens
+from rlhf.ops.pooling import Alpha, Mean, Pooling, Sum, count_tokens
 from rlhf.ops.preference import Pairs, Preference, Sigmoid
 from rlhf.ops.weights import PerToken, Weighting
 
@@ -60,6 +60,7 @@ class DPO(Algorithm):
                 f"algorithm.divergence={type(self.divergence).__name__} has no effect on algorithm.preference={name}; "
                 "use rlhf.ops.divergence.ReverseKL"
             )
+        self._require_fitting_parts(name)
         if self.preference.needs_reward_shift and not self.reference.is_used:
             raise ConfigError(
                 f"algorithm.reference=NoReference: algorithm.preference={name} compares rewards with a running mean "
@@ -69,6 +70,30 @@ class DPO(Algorithm):
             raise ConfigError(
                 f"algorithm.reference={type(self.reference).__name__} has no effect on algorithm.preference={name}; "
                 "use rlhf.algorithms.reference.NoReference"
+            )
+
+    def _require_fitting_parts(self, name: str) -> None:
+        """Refuse what would be silently left out of the loss, or be another loss than it is called."""
+        divergence, pooling, weighting = (type(x) for x in (self.divergence, self.pooling, self.weighting))
+        if not self.reference.is_used and divergence is not ReverseKL:
+            raise ConfigError(
+                f"algorithm.divergence={divergence.__name__} is from a reference, and algorithm.reference=NoReference "
+                "has none; use rlhf.ops.divergence.ReverseKL"
+            )
+        if self.needs_whole_batch and weighting is not Unweighted:
+            raise ConfigError(
+                f"algorithm.weighting={weighting.__name__} weighs pairs, and algorithm.preference={name} compares "
+                "sorted scores, which are no pair's; use rlhf.ops.pair_weights.Unweighted"
+            )
+        if not self.preference.uses_pooling and pooling not in (Sum, Mean):
+            raise ConfigError(
+                f"algorithm.pooling={pooling.__name__} has no effect on algorithm.preference={name}; use "
+                "rlhf.ops.pooling.Sum"
+            )
+        if self.preference.divides_by_length and pooling in (Mean, Alpha):
+            raise ConfigError(
+                f"algorithm.pooling={pooling.__name__} is per token already, and algorithm.preference={name} divides "
+                "each score by its answer's length; use rlhf.ops.pooling.Sum, or per_token: false"
             )
 
     @property

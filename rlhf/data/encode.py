@@ -317,7 +317,7 @@ def _report(examples: Examples, settings: Settings, name: str) -> None:
             name, sum(map(len, examples.pictures)), sum(map(bool, examples.pictures)), examples.n_slots,
             examples.vision.image_size, examples.vision.image_size, examples.vision.tokens_per_image,
         )  # fmt: skip
-    if examples.n_joint is not None:
+    if examples.n_joint is not None and any(len(rows) == 2 for rows in examples.sequences):
         log.info(
             "%s: prompts are run once for both answers: %d tokens a pair, not 2 × %d",
             name,

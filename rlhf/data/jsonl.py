@@ -128,8 +128,11 @@ def _decode(parse: Any, text: str, *position: int) -> Any:
     except DataError:
         raise
     except json.JSONDecodeError as error:
+        place = f"at character {error.pos - sum(position) + 1}"
+        if text.startswith("\ufeff", error.pos):
+            raise DataError(f"no JSON: a byte-order mark (U+FEFF) {place}; only a file may begin with one") from None
         reason = error.msg.removesuffix(" at")  # "Unterminated string starting at"
-        raise DataError(f"no JSON: {reason} at character {error.pos - sum(position) + 1}") from None
+        raise DataError(f"no JSON: {reason} {place}") from None
     except RecursionError:
         raise DataError("no JSON that can be read: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits

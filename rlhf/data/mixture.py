@@ -7,7 +7,8 @@ that all parts can serve will do.
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,19 +27,23 @@ log = logging.getLogger(__name__)
 @config
 class Mixture(Data):
     """Training rows of each part in proportion to its weight, as many in all as the parts have; evaluation rows once
-    each, from the parts that have some.
+    each, from the parts that have some: the first row of every part, the second of every part, and so on, so that the
+    first few rows are of all parts.
 
     parts: datasets by name.
     weights: share of each part, by the same names; they need not add up to 1.
     seed: which rows of a part come more often, or not at all, where its share is not that of its rows.
+    limit: use at most so many training rows, in all, with the same shares; null: all.
     """
 
     parts: dict[str, Data]
     weights: dict[str, float]
     seed: int = 0
+    limit: int | None = None
 
     def __post_init__(self):
         require_range(self, "seed", at_least=0)
+        require_range(self, "limit", at_least=1)
         if not self.parts:
             raise ConfigError("dataset.parts is empty: a mixture needs a dataset or more, by name")
         for name in self.weights:
@@ -65,21 +70,58 @@ class Mixture(Data):
         loaded = {name: data.load(part, form, tokenizer, vision) for name, data in chosen.items()}
         whole = _joined(list(loaded.values()))
         if part == "eval":
-            return whole
+            return _dealt(whole, [len(examples) for examples in loaded.values()])
         return self._weighted(whole, {name: len(examples.packs) for name, examples in loaded.items()})
 
     def _weighted(self, whole: Examples, sizes: Mapping[str, int]) -> Examples:
         """The rows of each part as often as its weight says."""
         total, n_all = sum(self.weights.values()), sum(sizes.values())
-        packs, start = [], 0
+        packs, places, start = [], [], 0
         for number, (name, size) in enumerate(sizes.items()):
             wanted = max(1, round(n_all * self.weights[name] / total))
             order = np.random.default_rng([self.seed, number]).permutation(size)
             packs += [whole.packs[start + order[place % size]] for place in range(wanted)]
+            places += [(place + 0.5) / wanted for place in range(wanted)]  # each part spread evenly over the whole
             log.info("%s: %d of %d rows (%.2f times each of its own)", name, wanted, n_all, wanted / size)
             start += size
-        order_digest = hashlib.sha256(repr((whole.fingerprint, packs)).encode()).hexdigest()
-        return dataclasses.replace(whole, packs=packs, fingerprint=order_digest)
+        if self.limit is None:
+            return dataclasses.replace(whole, packs=packs, fingerprint=_digest(whole, packs))
+        spread = np.argsort(places, kind="stable").tolist()
+        return _taken(whole, [packs[place] for place in spread[: self.limit]])
+
+
+def _dealt(whole: Examples, sizes: Sequence[int]) -> Examples:
+    """Every row once: the first of each part, the second of each part, ...; parts that end early drop out."""
+    if len(sizes) == 1:
+        return whole
+    places = [place for size in sizes for place in range(size)]
+    rows = np.argsort(places, kind="stable").tolist()
+    return _taken(whole, [(row,) for row in rows])
+
+
+def _taken(whole: Examples, packs: Sequence[tuple[int, ...]]) -> Examples:
+    """These packs alone, with the rows that they hold, in this order."""
+    rows = list(dict.fromkeys(index for pack in packs for index in pack))
+    place = {row: new for new, row in enumerate(rows)}
+
+    def taken(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows] if len(values) == len(whole) else []  # none of another form's
+
+    return dataclasses.replace(
+        whole,
+        sequences=taken(whole.sequences),
+        packs=[tuple(place[index] for index in pack) for pack in packs],
+        prompts=[dataclasses.replace(prompt, row=place[prompt.row]) for prompt in taken(whole.prompts)],
+        is_desirable=taken(whole.is_desirable),
+        grades=taken(whole.grades),
+        sources=taken(whole.sources),
+        pictures=taken(whole.pictures),
+        fingerprint=_digest(whole, packs),
+    )
+
+
+def _digest(whole: Examples, packs: Sequence[tuple[int, ...]]) -> str:
+    return hashlib.sha256(repr((whole.fingerprint, list(packs))).encode()).hexdigest()
 
 
 def _joined(parts: list[Examples]) -> Examples:

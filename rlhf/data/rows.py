@@ -6,6 +6,7 @@ One class for each shape that rows come in. Their settings name the columns, and
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ _ROLES = {
     "model": "assistant",
     "gpt": "assistant",
 }
+_LARGEST = 1e18  # of a score or margin: losses square them in float32, which ends at 3.4e38
 _OPEN_ANSWER = re.compile(r"\n\nAssistant:\s*$")
 
 
@@ -206,8 +208,8 @@ class Questions(RowFormat):
             return Question(prompt)
         value = take(fields, self.answer)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not math.isfinite(value):
-            raise DataError(f"column {self.answer!r} is {value}, no number to compare with")
+        if is_number and not abs(value) <= sys.float_info.max:
+            raise DataError(f"column {self.answer!r} is {_shown(value)}, no number to compare with: no finite float")
         solution = str(value) if is_number else _text(value, f"column {self.answer!r}")
         return Question(prompt, solution, self._reference(solution))
 
@@ -301,8 +303,11 @@ def _single_answer(value: Any, column: str) -> str:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A score or margin. Compared, not made a float: an integer may be too large for one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise DataError(f"{name} must be a finite number, not {_shown(value)}")
+    if abs(value) > _LARGEST:
+        raise DataError(f"{name} must be within ±{_LARGEST:g}, so that float32 holds its square, not {_shown(value)}")
     return float(value)
 
 

@@ -84,10 +84,17 @@ def spoil(chain: Chain, fault: Fault, rng: random.Random) -> str | None:
     lines = [str(step) for step in chain.steps]
     if fault == "missing_format":
         return "\n".join([*lines, pick(rng, ("", "The answer is {}.", "So it is {}."))]).format(chain.result).strip()
-    repeated = pick(rng, lines)
+    repeated = _repeated(chain, pick(rng, (0, 1)))
     first = int(rng.random() * len(FILLERS))
     second = (first + 1 + int(rng.random() * (len(FILLERS) - 1))) % len(FILLERS)
-    return "\n".join([FILLERS[first], *lines, FILLERS[second], repeated, f"#### {chain.result}"])
+    return "\n".join([FILLERS[first], *lines, FILLERS[second], str(repeated), f"#### {chain.result}"])
+
+
+def _repeated(chain: Chain, place: int) -> Step:
+    """The step in this place, or the last: the first right behind the last may be a chain of another split."""
+    first, last = chain.steps
+    is_own = splits_by_chain().get(canonical((last, first)), split_of(chain)) == split_of(chain)
+    return first if place == 0 and is_own else last
 
 
 def _take_wrong_step(chain: Chain, rng: random.Random) -> str | None:

@@ -116,7 +116,7 @@ class Clipped(PolicyLoss):
 
     def __post_init__(self):
         require_range(self, "low", at_least=0, at_most=1)
-        require_range(self, "high", at_least=0)
+        require_range(self, "high", at_least=0, may_be_infinite=True)
 
     def __call__(self, tokens):
         bounded = jnp.clip(tokens.ratio, 1 - self.low, 1 + self.high)
@@ -142,8 +142,8 @@ class DualClipped(PolicyLoss):
 
     def __post_init__(self):
         require_range(self, "low", at_least=0, at_most=1)
-        require_range(self, "high", at_least=0)
-        require_range(self, "largest", above=1)
+        require_range(self, "high", at_least=0, may_be_infinite=True)
+        require_range(self, "largest", above=1, may_be_infinite=True)
         numbers = isinstance(self.largest, float | int) and isinstance(self.high, float | int)
         if numbers and self.largest < 1 + self.high:
             raise ConfigError(f"largest={self.largest:g} of DualClipped must be at least 1 + high = {1 + self.high:g}")
@@ -168,7 +168,7 @@ class ClippedWeight(PolicyLoss):
     largest: Number = 5.0
 
     def __post_init__(self):
-        require_range(self, "largest", above=0)
+        require_range(self, "largest", above=0, may_be_infinite=True)
 
     def __call__(self, tokens):
         weight = jax.lax.stop_gradient(jnp.minimum(tokens.ratio, self.largest))
@@ -254,7 +254,7 @@ class TruncatedImportance(Correction):
     largest: Number = 2.0
 
     def __post_init__(self):
-        require_range(self, "largest", above=0)
+        require_range(self, "largest", above=0, may_be_infinite=True)
 
     def __call__(self, tokens):
         log_ratio = (tokens.old_logprobs - tokens.sampler_logprobs) * tokens.is_answer

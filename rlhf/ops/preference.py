@@ -66,6 +66,16 @@ class Preference:
         """Whether the loss sees `Pairs.scores`; if not, only reverse KL makes sense with it."""
         return True
 
+    @property
+    def uses_pooling(self) -> bool:
+        """Whether the loss sees how answers are pooled."""
+        return True
+
+    @property
+    def divides_by_length(self) -> bool:
+        """Whether the loss divides scores by the lengths of answers."""
+        return False
+
     @abstractmethod
     def __call__(self, pairs: Pairs, beta: Number) -> Float[Array, "pairs"]: ...
 
@@ -88,6 +98,10 @@ class Margin(Preference):
     """
 
     per_token: bool = False
+
+    @property
+    def divides_by_length(self):
+        return self.per_token
 
     def __call__(self, pairs, beta):
         return self.of_margin(pairs.margins(self.per_token), beta)
@@ -203,7 +217,7 @@ class Mixture(Preference):
     def __post_init__(self):
         if not self.losses or len(self.losses) != len(self.weights):
             raise ConfigError(
-                f"preference.losses has {len(self.losses)} entries and preference.weights {len(self.weights)}: "
+                f"losses has {len(self.losses)} entries and weights {len(self.weights)}: "
                 "a mixture needs at least one loss and a weight for each"
             )
 
@@ -222,6 +236,14 @@ class Mixture(Preference):
     @property
     def uses_divergence(self):
         return all(loss.uses_divergence for loss in self.losses)
+
+    @property
+    def uses_pooling(self):
+        return any(loss.uses_pooling for loss in self.losses)
+
+    @property
+    def divides_by_length(self):
+        return any(loss.divides_by_length for loss in self.losses)
 
     def __call__(self, pairs, beta):
         values = self.parts(pairs, beta).values()

@@ -58,6 +58,10 @@ class OddsRatio(Preference):
     def uses_divergence(self):
         return False
 
+    @property
+    def uses_pooling(self):
+        return False
+
     def __call__(self, pairs, beta):
         odds = log_odds(pairs.mean_logprobs)
         return -beta * jax.nn.log_sigmoid(odds[:, 0] - odds[:, 1])

@@ -12,7 +12,8 @@ from rlhf.algorithms.reference import NoReference
 from rlhf.errors import ConfigError
 from rlhf.ops.divergence import ForwardKL
 from rlhf.ops.pair_weights import WPO
-from rlhf.ops.preference import Hinge, Mixture, Sigmoid
+from rlhf.ops.pooling import LengthDesensitized, Mean
+from rlhf.ops.preference import IPO, Hinge, Mixture, Sigmoid
 from rlhf.ops.preference_absolute import BCO
 from rlhf.ops.preference_free import OddsRatio
 from rlhf.ops.preference_sorted import AOT
@@ -46,6 +47,20 @@ BATCH = random_batch(5, (8, 2, 12))
         (
             {"preference": BCO(), "reference": NoReference()},
             "algorithm.reference=NoReference: algorithm.preference=BCO compares rewards with a running mean",
+        ),
+        ({"reference": NoReference(), "divergence": ForwardKL()}, "algorithm.divergence=ForwardKL is from a reference"),
+        (
+            {"preference": AOT(), "weighting": WPO()},
+            "algorithm.weighting=WPO weighs pairs, and .*=AOT",
+        ),
+        (
+            {"preference": OddsRatio(), "reference": NoReference(), "pooling": LengthDesensitized()},
+            "algorithm.pooling=LengthDesensitized has no effect on algorithm.preference=OddsRatio",
+        ),
+        ({"preference": IPO(), "pooling": Mean()}, "algorithm.pooling=Mean is per token already"),
+        (
+            {"preference": Mixture(losses=[Hinge(), Sigmoid(per_token=True)], weights=[1, 1]), "pooling": Mean()},
+            "algorithm.pooling=Mean is per token already, and algorithm.preference=Mixture divides",
         ),
         ({"beta": 0.0}, "beta=0.0 of DPO must be above 0"),
         ({"sft_weight": -1.0}, "sft_weight=-1.0 of DPO must be at least 0"),

@@ -12,7 +12,7 @@ from table_model import MODEL, TableModel, random_batch, random_params, rows_of,
 
 from rlhf.algorithms.dpo import DPO
 from rlhf.algorithms.reference import Frozen, LiveReference, Precomputed, Remembered, Synced, without_adapter
-from rlhf.algorithms.reference_cache import CachedReference, cache_file, precompute
+from rlhf.algorithms.reference_cache import CachedReference, cache_file, digest_of, precompute
 from rlhf.errors import CheckpointError, ConfigError, DataError
 
 SETTINGS = {"learning_rate": 1e-6, "batch_size": 8, "microbatch_size": 8}
@@ -204,6 +204,35 @@ def test_precomputed_gives_the_loss_of_the_live_reference(tmp_path):
         for a, r in ((dpo, run), (live, runtime(REFERENCE)))
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("file", "it is a file"), ("file/below", "Not a directory"), ("x" * 300, "File name too long")],
+)
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_scored(tmp_path, folder, reason):
+    (tmp_path / "file").touch()
+    give, reads = counting_batches(BATCH)
+    message = f"algorithm.reference.cache_dir=.*{folder} can't be used as a folder: {reason}"
+    with pytest.raises(ConfigError, match=message):
+        Precomputed(cache_dir=tmp_path / folder).provide(LIVE, give, KEY)
+    assert reads == []
+
+
+def test_the_digest_of_a_batch_tells_its_arrays():
+    assert digest_of(BATCH) == digest_of({name: np.array(x) for name, x in reversed(BATCH.items())})
+    changed = {**BATCH, "tokens": BATCH["tokens"] + 1}
+    assert len({digest_of(BATCH), digest_of(changed), digest_of(rows_of(BATCH, np.arange(4)))}) == 3
+
+
+def test_another_held_out_set_has_a_file_of_its_own(command, small, tmp_path):
+    words = [*small, "algorithm=dpo_cached", "evaluation.rows=0", "trainer.max_steps=1"]
+    for n_rows in (4, 8, 8):
+        done = command(*words, f"trainer.eval_rows={n_rows}", f"hydra.run.dir=run{n_rows}", "resume=auto")
+        assert done.code == 0, done.output
+    assert "going on after step 1 of" in done.output
+    assert ": all 1 of 1 steps are done" in done.output
+    assert len(list((tmp_path / "reference_cache").iterdir())) == 2
 
 
 @pytest.fixture

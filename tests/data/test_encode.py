@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.data.dataset import Table
 from rlhf.data.encode import Examples, Source, encode
-from rlhf.data.examples import Conversation, Judged, Preference, Question
+from rlhf.data.examples import Conversation, Judged, Preference, Question, Scored
 from rlhf.data.packing import pack
 from rlhf.data.rows import Conversations
 from rlhf.errors import DataError
@@ -89,6 +89,18 @@ def test_a_long_row_is_an_error_with_its_place():
     )
     with pytest.raises(DataError, match=reason):
         encoded(TWO, LONG)
+
+
+def test_only_pairs_are_said_to_share_their_prompt(caplog):
+    pair = Preference(talk("q " * 20), "a", "b", None)
+    score = Scored(talk("q"), "a", 1.0)
+    said = []
+    for examples in ([score], [score, pair]):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            encoded(*examples, form="graded")
+        said.append("prompts are run once for both answers" in caplog.text)
+    assert said == [False, True]
 
 
 def test_long_rows_are_left_out_and_counted(caplog):

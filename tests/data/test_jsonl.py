@@ -78,7 +78,8 @@ def test_a_truncated_last_line(tmp_path):
         ('{"a": "tab\there"}', "no JSON: Invalid control character"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "no JSON that can be read: Exceeds the limit"),
-        ("\ufeff{}", "no JSON: "),
+        ("\ufeff{}", r"no JSON: a byte-order mark \(U\+FEFF\) at character 1; only a file may begin with one"),
+        ('{"a": 1}\ufeff{"a": 2}', r"no JSON: a byte-order mark \(U\+FEFF\) at character 9;"),
     ],
 )
 def test_refused_with_line_and_reason(tmp_path, line, reason):

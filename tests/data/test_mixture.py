@@ -1,6 +1,7 @@
 """Graded rows of every kind, and several datasets as one."""
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from rlhf.model.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
 U = Message("user", "q")
+TALK = "\n\nHuman: q\n\nAssistant: a"
 
 
 def arithmetic(grades: str, n: int, seed: int = 0) -> Arithmetic:
@@ -44,12 +46,45 @@ def test_evaluation_has_every_row_once(mixture):
     examples = mixture.load("eval", "graded", TOKENIZER)
     batch = next(eval_batches(examples, len(examples)))
     assert batch["row"].tolist() == list(range(12))
-    assert batch["kind"].tolist() == [PAIR] * 4 + [LABEL] * 4 + [SCORE] * 4
-    np.testing.assert_array_equal(batch["value"][4:8], [1, 0, 1, 0])  # right, spoilt, right, spoilt
-    assert set(batch["value"][8:].tolist()) <= {1, 2, 3, 5}
+    assert batch["kind"].tolist() == [PAIR, LABEL, SCORE] * 4
+    np.testing.assert_array_equal(batch["value"][1::3], [1, 0, 1, 0])  # right, spoilt, right, spoilt
+    assert set(batch["value"][2::3].tolist()) <= {1, 2, 3, 5}
     single = batch["kind"] != PAIR
     assert not batch["segments"][single, 1].any()
     assert batch["is_answer"][~single].any(axis=-1).all()
+
+
+@pytest.mark.parametrize("form", ["graded", "prompt", "unpaired"])
+def test_evaluation_deals_its_rows_over_the_parts(form):
+    sizes = {"a": 1, "b": 3, "c": 2}
+    parts = {name: dataclasses.replace(arithmetic("pair", 8, n), n_eval=n) for name, n in sizes.items()}
+    dealt = Mixture(parts=parts, weights=dict.fromkeys(parts, 1)).load("eval", form, TOKENIZER)
+    alone = {name: part.load("eval", form, TOKENIZER) for name, part in parts.items()}
+    rows = [(name, row) for row in range(6) for name in parts if row < len(alone[name])]
+    assert len(dealt) == len(rows) == sum(map(len, alone.values()))
+    assert dealt.packs == [(row,) for row in range(len(rows))]
+    for field in ("sources", "is_desirable", "grades", "pictures"):
+        expected = [getattr(alone[name], field)[row] for name, row in rows] if getattr(alone["a"], field) else []
+        assert getattr(dealt, field) == expected
+    for rows_of, (name, row) in zip(dealt.sequences, rows, strict=True):
+        for one, other in zip(rows_of, alone[name].sequences[row], strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+    if form == "prompt":
+        asked = [dataclasses.replace(alone[name].prompts[row], row=new) for new, (name, row) in enumerate(rows)]
+        assert dealt.prompts == asked
+
+
+def test_a_limit_keeps_the_shares(mixture):
+    examples = dataclasses.replace(mixture, limit=6).load("train", "graded", TOKENIZER)
+    assert len(examples) == len(examples.packs) == len(examples.sources) == 6
+    kinds = collections.Counter(examples.grades[pack[0]].kind for pack in examples.packs)
+    assert kinds == {PAIR: 3, LABEL: 1, SCORE: 2}
+    prompts = dataclasses.replace(mixture, limit=4).load("train", "prompt", TOKENIZER).prompts
+    assert [prompt.row for prompt in prompts] == list(range(4))
+    whole = dataclasses.replace(mixture, limit=1000).load("train", "graded", TOKENIZER)
+    assert (len(whole.packs), len(whole)) == (60, 40)  # 20 of the 30 labels have no place
+    with pytest.raises(ConfigError, match="limit=0 of Mixture must be at least 1"):
+        dataclasses.replace(mixture, limit=0)
 
 
 def test_rows_of_a_part_are_those_of_the_part_alone(mixture):
@@ -126,3 +161,19 @@ def test_scores_are_numbers():
     for bad in (True, "3", float("nan")):
         with pytest.raises(DataError, match="column 'score' must be a finite number"):
             Scores()({**fields, "score": bad})
+    for bad in (10**400, -2e18):
+        with pytest.raises(DataError, match=r"column 'score' must be within ±1e\+18, so that float32 holds its square"):
+            Scores()({**fields, "score": bad})
+        with pytest.raises(DataError, match="column 'margin' must be within"):
+            Preferences(margin="margin")({"chosen": TALK, "rejected": TALK, "margin": bad})
+    assert Scores()({**fields, "score": -(10**18)}).score == -1e18
+
+
+def test_numbers_too_large_are_refused_with_their_line_or_left_out(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "score": score} for score in (1, 10**400, 3e18)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    scores = Table(rows=Scores(), path=str(path), max_length=64)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: column 'score' must be within"):
+        scores.load("train", "graded", TOKENIZER)
+    assert len(dataclasses.replace(scores, on_bad_row="skip").load("train", "graded", TOKENIZER)) == 1

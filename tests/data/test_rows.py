@@ -159,6 +159,7 @@ def test_questions():
     [
         ({"question": "q", "answer": "seven"}, r"column 'answer' has nothing that matches answer_pattern '####"),
         ({"question": "q", "answer": float("nan")}, "column 'answer' is nan, no number to compare with"),
+        ({"question": "q", "answer": 10**400}, r"column 'answer' is 1000+\.\.\., no number to compare with"),
         ({"question": "q", "answer": True}, "column 'answer' must be text, not True"),
         ({"question": "", "answer": "#### 1"}, r"the turn 1 \(user\) is empty"),
         ({"question": "q"}, "there is no column 'answer'"),
