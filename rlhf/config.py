@@ -6,6 +6,7 @@ them) is structure: part of the tree's definition and of the compiled function's
 """
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -130,18 +131,26 @@ def require_range(
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
+    may_be_infinite: bool = False,
 ) -> None:
     """Refuse settings of `owner` outside a range; a traced value was checked when it was a number.
+
+    NaN is in no range, and an infinity only where `may_be_infinite`: where it means that there is no bound.
 
     Raises:
         ConfigError: names the class, the field, the value and the range.
     """
     for name in names:
-        _require_range(owner, name, at_least, at_most, above)
+        _require_range(owner, name, at_least, at_most, above, may_be_infinite)
 
 
 def _require_range(
-    owner: object, name: str, at_least: float | None, at_most: float | None, above: float | None
+    owner: object,
+    name: str,
+    at_least: float | None,
+    at_most: float | None,
+    above: float | None,
+    may_be_infinite: bool,
 ) -> None:
     value = getattr(owner, name)
     if value is None or isinstance(value, jax.core.Tracer):
@@ -153,6 +162,8 @@ def _require_range(
         (at_most is None or value <= at_most, f"at most {at_most:g}" if at_most is not None else ""),
         (above is None or value > above, f"above {above:g}" if above is not None else ""),
     ]
+    if not (isinstance(value, int) or math.isfinite(value) or (may_be_infinite and math.isinf(value))):
+        rules.append((False, "a number" if may_be_infinite else "finite"))
     if not all(holds for holds, _ in rules):
         wanted = " and ".join(text for _, text in rules if text)
         raise ConfigError(f"{name}={value!r} of {type(owner).__name__} must be {wanted}")

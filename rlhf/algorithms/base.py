@@ -85,7 +85,7 @@ class Algorithm:
     learning_rate: peak, after warm-up.
     batch_size: rows (pairs, prompts) per batch, over all devices.
     microbatch_size: rows whose activations are in memory at once, over all devices; divides those of a minibatch.
-    clip_norm: gradients of a larger global norm are scaled down to it.
+    clip_norm: gradients of a larger global norm are scaled down to it; infinity scales none.
     epochs: passes over each prepared batch.
     minibatches: optimizer steps per such pass.
 
@@ -107,7 +107,7 @@ class Algorithm:
 
     def __post_init__(self):
         require_range(self, "learning_rate", at_least=0)
-        require_range(self, "clip_norm", above=0)
+        require_range(self, "clip_norm", above=0, may_be_infinite=True)
         require_range(self, "batch_size", "microbatch_size", "epochs", "minibatches", at_least=1)
         self.require_divisible()
 

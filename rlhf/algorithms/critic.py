@@ -50,7 +50,7 @@ class Critic:
         require_range(self, "learning_rate", at_least=0)
         require_range(self, "warmup", at_least=0)
         require_range(self, "loss_weight", at_least=0)
-        require_range(self, "clip", above=0)
+        require_range(self, "clip", above=0, may_be_infinite=True)
 
     def begin(self, params: Params, load: Any, seed: int) -> Params:
         """The component `critic` of a new run.

@@ -76,7 +76,7 @@ class PPO(Online):
         require_range(self, "gamma", at_least=0, at_most=1)
         require_range(self, "lam", at_least=0, at_most=1)
         require_range(self, "entropy_bonus", at_least=0)
-        require_range(self, "target_kl", above=0)
+        require_range(self, "target_kl", above=0, may_be_infinite=True)
 
     @property
     def trains_entropy(self):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from rlhf import processes
 from rlhf.algorithms.base import Batch, Params, Runtime
-from rlhf.algorithms.reference_cache import CachedReference, cache_file, precompute
+from rlhf.algorithms.reference_cache import CachedReference, cache_file, make_folder, precompute
 from rlhf.config import Number, config, require_range
 from rlhf.model.lora import COMPONENTS
 from rlhf.model.sharding import whole
@@ -200,13 +200,18 @@ class Synced(Reference):
 class Precomputed(Reference):
     """Log-probabilities computed once for the whole data set and kept on disk; the reference's weights are then let go.
 
-    cache_dir: folder of the files, one for each model, data set and chat template; made if missing.
+    cache_dir: folder of the files, one for each model, data set, held-out set and chat template; made if missing.
+
+    Raises:
+        ConfigError: by `provide`, before anything is scored, where the folder can't be made.
     """
 
     cache_dir: str | Path
 
     def provide(self, live, batches, key):
         path = cache_file(Path(self.cache_dir), key)
+        if processes.is_first():
+            make_folder(path.parent)
         if not path.exists():
             precompute(live, batches(), path, key)
         processes.from_first(lambda: None)  # by now the first has written it

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from rlhf import processes
-from rlhf.errors import CheckpointError, DataError
+from rlhf.errors import CheckpointError, ConfigError, DataError
 
 TOLERANCE = 0.02  # nats per token, on average: above the noise of bfloat16, far below another model's difference
 N_CHECKED = 4  # rows computed again when a file is read
@@ -32,9 +32,31 @@ class Scorer(Protocol):
 
 
 def cache_file(folder: Path, key: Mapping[str, str]) -> Path:
-    """The file for a key: another model, data set or template gets another file."""
+    """The file for a key: another model, data set, held-out set or template gets another file."""
     text = json.dumps(dict(key), sort_keys=True)
     return folder / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+
+
+def digest_of(batch: Mapping[str, Any]) -> str:
+    """What tells a batch from any other: a hash of its arrays."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(batch):
+        array = np.ascontiguousarray(batch[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of the files, made if missing.
+
+    Raises:
+        ConfigError: it can't be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        raise ConfigError(f"algorithm.reference.cache_dir={folder} can't be used as a folder: {reason}") from error
 
 
 def _sequences(batch: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray, int]]:
@@ -57,7 +79,7 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def precompute(reference: Scorer, batches: Iterable[dict[str, Any]], path: Path, key: Mapping[str, str]) -> None:
-    """Score every sequence of `batches` once and write the file `path`, whole or not at all."""
+    """Score every sequence of `batches` once and write the file `path`, whole or not at all; its folder is there."""
     found: dict[int, np.ndarray] = {}
     for batch in batches:
         logprobs = np.asarray(reference.token_logprobs(batch), np.float32)
@@ -70,7 +92,6 @@ def precompute(reference: Scorer, batches: Iterable[dict[str, Any]], path: Path,
     if not processes.is_first():
         return
     header = json.dumps({"key": dict(key), "checksum": _checksum(arrays)}).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
         np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)  # type: ignore[arg-type]

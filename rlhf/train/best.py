@@ -3,6 +3,7 @@
 `model.checkpoint=RUN/best` starts from them. They are no state to go on with: `resume` uses the newest checkpoint.
 """
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -24,10 +25,21 @@ class Best:
 
     folder: the run's. metric: its name in the log, such as `val/accuracy`; None: nothing is kept.
     start: the step that the run goes on after; what was kept later than that is done again.
+    measured: settings by name that the metric is measured with, as JSON. A value that was measured with others is not
+        comparable: the search begins anew, with a warning.
     """
 
-    def __init__(self, folder: Path, metric: str | None, better: Literal["higher", "lower"], start: int):
+    def __init__(
+        self,
+        folder: Path,
+        metric: str | None,
+        better: Literal["higher", "lower"],
+        start: int,
+        measured: Mapping[str, Any] | None = None,
+    ):
         self.metric, self.sign = metric, 1 if better == "higher" else -1
+        settings = {"trainer.best_metric": metric, "trainer.best_is": better, **(measured or {})}
+        self._of: dict[str, Any] = json.loads(json.dumps(settings))  # as it comes back from a record
         self._kept = Checkpoints(folder / FOLDER, max_to_keep=1)
         self._value = -math.inf
         for step in self._kept.steps():
@@ -35,7 +47,21 @@ class Best:
                 if processes.is_first():
                     remove_folder(self._kept.path(step))
             elif metric is not None:
-                self._value = self.sign * read_record(self._kept.path(step))["best"]["value"]
+                self._value = self._value_of(step)
+
+    def _value_of(self, step: int) -> float:
+        """The kept value, signed; as if nothing was kept, where it is of another metric or measured otherwise."""
+        best = read_record(self._kept.path(step))["best"]
+        of = best.get("of", {})
+        stored = {**self._of, "trainer.best_metric": best.get("metric"), **of}  # an older record has the metric alone
+        changed = [name for name in sorted({*stored, *self._of}) if stored.get(name) != self._of.get(name)]
+        if not changed:
+            return self.sign * best["value"]
+        log.warning(
+            "the best so far was of %s (%.4g at step %d) and kept with another %s: looking for the best %s anew",
+            *(stored["trainer.best_metric"], best["value"], step, " and ".join(changed), self.metric),
+        )
+        return -math.inf
 
     def offer(self, step: int, metrics: Mapping[str, float], params: Any, record: Mapping[str, Any]) -> None:
         """Keep `params` if the metric is the best so far.
@@ -54,5 +80,6 @@ class Best:
         if not self.sign * value > self._value:
             return
         self._value = self.sign * value
-        self._kept.save(step, {"params": params}, {**record, "best": {"metric": self.metric, "value": value}})
+        best = {"metric": self.metric, "value": value, "of": self._of}
+        self._kept.save(step, {"params": params}, {**record, "best": best})
         log.info("best so far: %s %.4g at step %d, kept in %s", self.metric, value, step, self._kept.path(step))

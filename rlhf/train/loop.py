@@ -63,7 +63,11 @@ class Trainer:
         self.checkpoints = Checkpoints(job.folder / "checkpoints", job.settings.max_to_keep)
         self.state = initial_state(job.trainable, self.algorithm)
         self.start = self._restore() if job.resume else 0
-        self.best = Best(job.folder, job.settings.best_metric, job.settings.best_is, self.start)
+        measured = {
+            "trainer.eval_rows": job.settings.eval_rows,
+            "evaluation": job.record.get("config", {}).get("evaluation"),
+        }
+        self.best = Best(job.folder, job.settings.best_metric, job.settings.best_is, self.start, measured)
         self.finished = 0.0  # when the numbers of the last step were there
         self.watch = guard.Watch(job.forbid_recompile)
 
@@ -87,8 +91,10 @@ class Trainer:
             )
         self.job.runtime.memory.update(tree.pop("memory"))
         self.state = tree
-        log.info("going on after step %d of %s", record["step"], self.checkpoints.folder)
-        return record["step"]
+        step = record["step"]
+        is_done = f": all {step} of {self.n_steps} steps are done" if step >= self.n_steps else ""
+        log.info("going on after step %d of %s%s", step, self.checkpoints.folder, is_done)
+        return step
 
     def fit(self) -> tuple[dict[str, float], dict[str, float]]:
         """Train to the end; returns the metrics from before the first step and those of the last.
