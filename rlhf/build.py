@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 from rlhf import processes, records
 from rlhf.algorithms.base import Runtime
 from rlhf.algorithms.reference import LiveReference, Remembered, without_adapter
+from rlhf.algorithms.reference_cache import digest_of
 from rlhf.algorithms.rollouts import Online
 from rlhf.data.batches import Batches, collate, eval_batches, more_prompts
 from rlhf.data.dataset import Part
 from rlhf.data.encode import Examples, Prompt
 from rlhf.data.examples import Form
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, FolderInUse
 from rlhf.model.gemma3 import Gemma3
 from rlhf.model.sharding import place_rows
 from rlhf.model.tokenizer import EMBEDDED, Tokenizer
@@ -239,13 +240,13 @@ class Experiment:
         the folder is as good as new.
 
         Raises:
-            ConfigError: a run is there and `resume` is not given, or its config differs where the result would.
+            FolderInUse: a run is there and `resume` is not given, or its config differs where the result would.
         """
         wanted, stored = self.cfg.resume is not None, records.stored_config(self.folder)
         rows, checkpoints = self.folder / "metrics.jsonl", Checkpoints(self.folder / "checkpoints", 1)
         has_checkpoint = bool(checkpoints.steps())
         if not wanted and (has_checkpoint or (rows.is_file() and rows.stat().st_size)):
-            raise ConfigError(
+            raise FolderInUse(
                 f"{self.folder} holds a run; resume=auto goes on with it, or choose another hydra.run.dir"
             )
         if stored is None and self.cfg.resume not in (None, "auto"):
@@ -289,7 +290,8 @@ class Experiment:
             if held_out is not None:
                 yield held_out
 
-        runtime.reference = s.algorithm.provide_reference(live, every_batch, key)
+        also = "none" if held_out is None else digest_of(held_out)  # in the same file, whose rows it is to find
+        runtime.reference = s.algorithm.provide_reference(live, every_batch, {**key, "held_out": also})
         return runtime
 
     def _remembered(self, key: Any) -> Remembered | None:

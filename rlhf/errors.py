@@ -12,6 +12,10 @@ class ConfigError(UserError, ValueError):
     """A setting that is unknown, of the wrong type, out of range, or impossible together with another."""
 
 
+class FolderInUse(ConfigError):
+    """The folder holds a run that the command can't go on with. That run stays as it is."""
+
+
 class DataError(UserError, ValueError):
     """A row or file of a dataset that can't be used; names file, line and reason."""
 

@@ -14,6 +14,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rlhf.errors import nearest
 
@@ -30,12 +31,19 @@ def of_hydra(error: BaseException, words: list[str] | None = None) -> str | None
     if isinstance(error, OverrideParseException):
         found = str(error).splitlines()[0].partition(" expecting")[0].strip()
         rule = "a value with signs such as , [ { ( stands in quotes: KEY='\"…\"'"
+        if not str(error.override).isascii() or "~" in str(error.override):
+            rule = "letters beyond a to z, and ~, stand in quotes, also in a list: KEY=\"['…']\""
         reason = f"{found}; {rule}" if "=" in str(error.override) else "it must be KEY=VALUE"
         return f"the override {error.override!r} can't be read: {reason}"
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return "a group can't be set to null: GROUP=[] chooses none of it, such as reward=[]"
     if isinstance(error, ValueError) and str(error).startswith("Only one of --run"):
         return "-m (a sweep), --cfg, --info and -sc exclude each other: --cfg job shows one run of the sweep"
+    cause = error.__cause__ if str(error).startswith("Unable to configure handler") else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{cause.filename or 'the file system'}: {cause.strerror} (the command writes to hydra.run.dir=…)"
+    if isinstance(error, YAMLError):
+        return f"a yaml can't be read: {' '.join(str(error).split())}"
     if isinstance(error, HydraException | SearchPathException | OmegaConfBaseException):
         return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return None

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlhf import processes
-from rlhf.errors import ConfigError, UserError, nearest
+from rlhf.errors import ConfigError, FolderInUse, UserError, nearest
 from rlhf.overrides import with_whole_values
 from rlhf.report.write import try_write_report
 
@@ -68,6 +68,12 @@ def _stages(plan: dict[str, Any]) -> dict[str, list[str]]:
             raise ConfigError(
                 f"pipeline.stages.{name}={words!r} must be a list of overrides, as [algorithm=dpo,seed=1]"
             )
+        for word in words:
+            if _key(word) in ("resume", "pipeline") or _key(word).startswith("hydra."):
+                raise ConfigError(
+                    f"pipeline.stages.{name}: {word} is of the whole pipeline; a stage's folder has its name, and goes "
+                    "on when the pipeline does"
+                )
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ConfigError(f"pipeline.stages.{name}: the name of a stage is a word, since it names a folder")
     return stages
@@ -127,9 +133,13 @@ def _located(stage: str, words: list[str], folder: Path, earlier: dict[str, Any]
         if name not in earlier:
             rule = f"the stages before it are: {', '.join(earlier) or 'none'}"
             raise ConfigError(f"pipeline stage {stage} refers to {found.group(0)}, but {rule}")
-        return re.sub(r"([\\()\[\]{}:=,\s])", r"\\\1", str(folder / name))  # as Hydra wants them in an override
+        path = f"{folder / name}{found.group(2)}"
+        if re.fullmatch(r"[\w./+-]*", path, re.ASCII):
+            return path
+        quoted = path.replace("'", "\\'")  # as Hydra wants other letters in an override
+        return f"'{quoted}'"
 
-    return [re.sub(r"\$\{stage:([^}]*)\}", place, word) for word in words]
+    return [re.sub(r"\$\{stage:([^}]*)\}([\w./-]*)", place, word) for word in words]
 
 
 def _compose(name: str, words: list[str]) -> tuple[DictConfig, list[str]]:
@@ -163,9 +173,9 @@ def _stage(
     if done.is_file():
         stored = json.loads(done.read_text())
         if not resume:
-            raise ConfigError(f"{folder} holds a finished stage; resume=auto skips it, or choose another folder")
+            raise FolderInUse(f"{folder} holds a finished stage; resume=auto skips it, or choose another folder")
         if stored["overrides"] not in (asked, words):
-            raise ConfigError(
+            raise FolderInUse(
                 f"{folder} was made with {stored['overrides']}, now it would be {asked}; choose another folder"
             )
         log.info("stage %s: finished before, skipped", label)

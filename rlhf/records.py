@@ -10,7 +10,7 @@ import jax
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import processes
-from rlhf.errors import ConfigError
+from rlhf.errors import FolderInUse
 from rlhf.model.quantised import n_parameters
 
 CONFIG_FILE = "config.json"
@@ -60,14 +60,14 @@ def require_same_run(stored: dict[str, Any], now: dict[str, Any], folder: Path) 
     """Refuse to go on with other settings where they would change the result.
 
     Raises:
-        ConfigError: lists each key with its old and its new value.
+        FolderInUse: lists each key with its old and its new value.
     """
     before, after = flatten(stored), flatten(now)
     changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k) and not _is_free(k)]
     changed = [k for k in changed if not _moved_along(before.get(k), after.get(k), folder)]
     if changed:
         lines = [f"  {k}: {before.get(k, '(not set)')} in the run, {after.get(k, '(not set)')} now" for k in changed]
-        raise ConfigError("\n".join([f"{folder} can't go on with other settings:", *lines]))
+        raise FolderInUse("\n".join([f"{folder} can't go on with other settings:", *lines]))
 
 
 def _moved_along(before: Any, after: Any, folder: Path) -> bool:

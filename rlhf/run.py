@@ -5,6 +5,7 @@ Nothing here imports jax before a run begins, so that `--help`, `--cfg` and tab 
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,8 +15,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import messages, processes, sweep
-from rlhf.errors import UserError
-from rlhf.overrides import with_absolute_config_path, with_flags_first, with_whole_values
+from rlhf.errors import FolderInUse, UserError
+from rlhf.kept import put_back, replaced_configs
+from rlhf.overrides import (
+    with_absolute_config_path,
+    with_fixed_as_choices,
+    with_flags_first,
+    with_quotes,
+    with_whole_values,
+)
 from rlhf.report.write import try_write_report
 from rlhf.sweeper import composed_once
 
@@ -48,7 +56,8 @@ def make_repeatable(config_folder: Path) -> None:
     stored = config_folder / "config.yaml"
     if stored.is_file():
         ours = OmegaConf.load(Path(CONF) / "config.yaml").hydra
-        stored.write_text(f"{stored.read_text(encoding='utf-8')}{OmegaConf.to_yaml({'hydra': ours})}", encoding="utf-8")
+        text = re.sub(r"(?m)^resume: .*$", "resume: null", stored.read_text(encoding="utf-8"))
+        stored.write_text(f"{text}{OmegaConf.to_yaml({'hydra': ours})}", encoding="utf-8")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -66,12 +75,16 @@ def main(cfg: DictConfig) -> None:
         try_write_report(folder)
         raise
     except Exception as error:
+        is_refused = isinstance(error, FolderInUse)
+        if is_refused:
+            put_back(folder / str(job.output_subdir))
         if isinstance(error, UserError):
             log.error("%s", error)
         else:
             log.exception("the run failed")  # the reason is in this run's log.txt; a sweep goes on to its next job
-        try_write_report(folder)
-        sweep.record(job, folder, error=error)
+        if not is_refused:
+            try_write_report(folder)
+            sweep.record(job, folder, error=error)
         processes.fail(error)
         _failures.append(error)
         if is_sweep:
@@ -85,11 +98,12 @@ def cli() -> None:
     """The console command: `main`, with every mistake of the user told in one message and no traceback."""
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are; Hydra would print its own version and exit
-    words = with_whole_values(with_flags_first(with_absolute_config_path(sys.argv[1:])))
+    words = with_quotes(with_flags_first(with_absolute_config_path(sys.argv[1:])))
+    words = with_whole_values(with_fixed_as_choices(words))
     sys.argv = [sys.argv[0], *words, *processes.quiet_words(processes.number_given(words))]
     sys.path.insert(0, os.getcwd())  # a user's own module beside the command, as `python -m` would find it
     try:
-        with composed_once():
+        with composed_once(), replaced_configs():
             main()
     except Exception as error:
         message = messages.of_hydra(error)

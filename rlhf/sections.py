@@ -34,6 +34,8 @@ def section(cfg: DictConfig, key: str, kind: type | None = None) -> Any:
     """
     missing = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]  # sections may refer to them
     node = OmegaConf.select(cfg, key)
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{key}={node!r} must be a section, with the settings of its yaml")
     for name in missing or sorted(OmegaConf.missing_keys(node)):  # full names already
         raise ConfigError(f"{name} has no value yet: give one as {name}=…")
     try:
@@ -102,8 +104,8 @@ class Settings:
 def settings(cfg: DictConfig) -> Settings:
     """All sections of `cfg`; loads nothing."""
     _require_read(cfg)
-    if not isinstance(cfg.seed, int):
-        raise ConfigError(f"seed={cfg.seed!r} must be an integer")
+    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool) or not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed={cfg.seed!r} must be an integer from 0 to 2^32 - 1")
     return Settings(
         model=section(cfg, "model", ModelSettings),
         algorithm=section(cfg, "algorithm", Algorithm),

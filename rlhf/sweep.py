@@ -23,16 +23,26 @@ def record(job: Any, folder: Path, result: dict[str, Any] | None = None, error: 
         return
     numbers = {k: v for k, v in (result or {}).items() if isinstance(v, int | float | str)}
     swept = dict(o.lstrip("+").split("=", 1) for o in job.overrides.task if "=" in o)
-    row = {"run": folder.name, **swept, "status": "failed" if error else "ok", **numbers}
+    sweep_folder = Path(job.sweep.dir).resolve()
+    row = {
+        "run": _name(folder.resolve(), sweep_folder),
+        **{k: v for k, v in swept.items() if k != "run"},
+        "status": "failed" if error else "ok",
+        **numbers,
+    }
     if error is not None:
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     (folder / "summary.json").write_text(json.dumps(row))
-    sweep_folder = Path(job.sweep.dir).resolve()
-    rows = [json.loads(path.read_text()) for path in sweep_folder.glob("*/summary.json")]
+    rows = [json.loads(path.read_text()) for path in sweep_folder.rglob("summary.json")]
     rows.sort(key=lambda r: (len(r["run"]), r["run"]))
     _write(sweep_folder / "summary.csv", rows)
     try_write_report(sweep_folder)
     _tables[sweep_folder] = rows
+
+
+def _name(folder: Path, sweep_folder: Path) -> str:
+    """Of a run: its folder inside that of its sweep."""
+    return str(folder.relative_to(sweep_folder)) if folder.is_relative_to(sweep_folder) else str(folder)
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -57,7 +67,7 @@ def report() -> None:
     from tabulate import tabulate
 
     for folder, rows in _tables.items():
-        shown = [c for c in _columns(rows) if c == "status" or not _is_constant(c, rows)]
+        shown = [c for c in _columns(rows) if c in ("run", "status", "error") or not _is_constant(c, rows)]
         shown = [c for c in shown if not c.endswith(("_low", "_high"))]  # too wide; they are in the file
         cells = [[row.get(c, "") for c in shown] for row in rows]
         print("\n" + tabulate(cells, shown, floatfmt=".4g", disable_numparse=False))

@@ -135,9 +135,9 @@ def test_resume_skips_what_is_finished_and_goes_on_with_what_is_not(command, wor
     assert refused.code == 1
     assert "holds a finished stage; resume=auto skips it" in refused.output
 
-    moved = (tmp_path / "run").rename(tmp_path / "moved")  # stages find each other by their names
+    moved = (tmp_path / "run").rename(tmp_path / "nach Süd")  # stages find each other by their names
     first_stage = (moved / "sft" / "log.txt").read_bytes()
-    done = command(*words, every, "resume=auto", "hydra.run.dir=moved")
+    done = command(*words, every, "resume=auto", "hydra.run.dir=nach Süd")
     assert done.code == 0, done.output
     assert "stage 1/2 sft: finished before, skipped" in done.output
     assert "going on after step 2" in (moved / "dpo" / "log.txt").read_text()

@@ -202,6 +202,27 @@ def test_a_misspelt_key_ends_a_sweep_before_its_first_run(command, words, tmp_pa
     assert not list((tmp_path / "sweep").glob("*/metrics.jsonl"))
 
 
+def test_fixed_settings_of_swept_groups_in_folders_of_folders(command, small, tmp_path):
+    """What only the swept algorithms have may be fixed; a second command in the same folders changes nothing there."""
+    where = ["hydra.sweep.dir=sweep", "hydra.sweep.subdir='runs/${hydra.job.num}'"]
+    fixed = [*small, "evaluation.rows=0", "trainer.max_steps=1", *where]
+    done = command("-m", *fixed, "algorithm=dpo,simpo", "algorithm.beta=0.2")
+    assert done.code == 0, done.output
+    assert "2 runs, 0 failed" in done.output
+    found = {row["run"]: (row["algorithm"], row["algorithm.beta"]) for row in table(tmp_path / "sweep")}
+    assert found == {"runs/0": ("dpo", "0.2"), "runs/1": ("simpo", "0.2")}
+    files = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    refused = command("-m", *fixed, "algorithm=dpo,simpo", "algorithm.beta=0.3")
+    assert refused.code == 1
+    assert "holds a run; resume=auto goes on with it" in refused.output
+    changed = {path.name for path, content in files.items() if path.read_bytes() != content}
+    assert changed <= {"multirun.yaml"}
+    other = command(*small, "algorithm=dpo", "algorithm.beta=0.3", "hydra.run.dir=sweep/runs/0", "resume=auto")
+    assert "algorithm.beta: 0.2 in the run, 0.3 now" in other.output
+    changed = {path.name for path, content in files.items() if path.read_bytes() != content}
+    assert changed <= {"multirun.yaml"}
+
+
 def test_a_stopped_sweep_goes_on(command, words, tmp_path, monkeypatch):
     from rlhf.algorithms.dpo import DPO
 

@@ -202,10 +202,14 @@ def as_number(value: Any) -> float | int | None:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folders of runs directly inside, in the order of their numbers or names."""
-    found = {path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")}
-    found |= {path.parent for path in folder.glob(f"*/{RESULT}")}
-    return sorted(found, key=lambda path: [(len(part), part) for part in re.split(r"(\d+)", path.name)])
+    """The folders of runs directly inside, in the order of their numbers or names; where there are none, those of runs
+    further inside (`hydra.sweep.subdir` may name folders in folders)."""
+    for depth in ("*", "**"):
+        found = {path.parent.parent for path in folder.glob(f"{depth}/.hydra/overrides.yaml")}
+        found |= {path.parent for path in folder.glob(f"{depth}/{RESULT}")}
+        if found := found - {folder}:
+            break
+    return sorted(found, key=lambda path: [(len(part), part) for part in re.split(r"(\d+)", str(path))])
 
 
 def _step_of(path: Path) -> int:
