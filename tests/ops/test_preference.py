@@ -131,7 +131,7 @@ def test_mixture_is_the_weighted_sum_and_names_its_parts():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mixture(losses=[Sigmoid()], weights=[1.0, 2.0]), "1 entries and preference.weights 2"),
+        (lambda: Mixture(losses=[Sigmoid()], weights=[1.0, 2.0]), "1 entries and weights 2"),
         (lambda: Mixture(losses=[], weights=[]), "at least one loss"),
         (lambda: Sigmoid(label_smoothing=0.6), "label_smoothing=0.6 of Sigmoid must be at least 0 and at most 0.5"),
         (lambda: Robust(label_smoothing=0.5), "label_smoothing=0.5 of Robust must be at least 0 and at most 0.49"),
