@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import messages, processes, sweep
 from rlhf.errors import FolderInUse, UserError
-from rlhf.kept import put_back, replaced_configs
 from rlhf.overrides import (
     with_absolute_config_path,
     with_fixed_as_choices,
@@ -24,6 +23,7 @@ from rlhf.overrides import (
     with_quotes,
     with_whole_values,
 )
+from rlhf.refused import put_back, replaced_configs
 from rlhf.report.write import try_write_report
 from rlhf.sweeper import composed_once
 
@@ -106,10 +106,10 @@ def cli() -> None:
         with composed_once(), replaced_configs():
             main()
     except Exception as error:
-        message = messages.of_hydra(error)
-        if message is None and error not in _failures:
-            raise
-        if message is not None:
+        if error not in _failures:  # else it was told, with its traceback where it is no user's
+            message = messages.of_hydra(error)
+            if message is None:
+                raise
             sys.exit(f"error: {message}")
     finally:
         sweep.report()

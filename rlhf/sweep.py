@@ -26,7 +26,7 @@ def record(job: Any, folder: Path, result: dict[str, Any] | None = None, error: 
     sweep_folder = Path(job.sweep.dir).resolve()
     row = {
         "run": _name(folder.resolve(), sweep_folder),
-        **{k: v for k, v in swept.items() if k != "run"},
+        **{f"{k}=" if k == "run" else k: v for k, v in swept.items()},  # task=report has a setting of that name
         "status": "failed" if error else "ok",
         **numbers,
     }

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,13 +42,3 @@ def compiled_meanwhile(function: Any, *args: Any, **static: Any) -> Iterator[Non
         yield
     finally:
         thread.join()
-
-
-def prepared_apart(runtime: Any, prepare: Callable[[], Any]) -> Any:
-    """What `prepare` makes of rows that the run has not come to: it leaves no trace in its memory nor in its log."""
-    memory = dict(runtime.memory)
-    prepared = prepare()
-    runtime.memory.clear()
-    runtime.memory.update(memory)
-    runtime.log.take()
-    return prepared

@@ -174,8 +174,13 @@ class Trainer:
         return ahead.compiled_meanwhile(self.update, *args, model=job.model, mesh=job.mesh)
 
     def _prepared_apart(self, batch: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-        runtime = self.job.runtime
-        return ahead.prepared_apart(runtime, lambda: self.algorithm.prepare(runtime, self.params, batch, key))
+        """Rows that the run has not come to, prepared: they leave no trace in its memory nor in its log."""
+        runtime, memory = self.job.runtime, dict(self.job.runtime.memory)
+        prepared = self.algorithm.prepare(runtime, self.params, batch, key)
+        runtime.memory.clear()
+        runtime.memory.update(memory)
+        runtime.log.take()
+        return prepared
 
     def _key(self, step: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.job.seed), step)
